@@ -1,0 +1,1 @@
+"""Stage one: raw documents to packed, memory-mapped shards. Never loads torch."""

@@ -1,0 +1,132 @@
+"""The command `llmt-prep`. A command reads its input, calls one function, prints one result.
+
+Heavy imports live inside commands: `--help` must not wait for them.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmt_shared import command
+
+app = typer.Typer(
+    name="llmt-prep",
+    help="Stage one of llmt: raw documents to packed, memory-mapped shards.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    epilog="`--traceback` on any command shows where an error comes from.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Dataset = Annotated[Path, typer.Argument(help="A finished dataset: the `output` of `pack`.", show_default=False)]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    command.run(app, extra="prep")
+
+
+@app.command()
+def pack(
+    mix: Annotated[Path, typer.Option(help="Mix file (YAML).", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings that win over the file: key.sub=value.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a finished dataset.")] = False,
+    rehash: Annotated[bool, typer.Option("--rehash", help="Hash all input again, even where nothing changed.")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one for each usable CPU.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Tokenize, sample and pack a mixture into shards. Run it again to go on after a stop.
+
+    Examples:
+
+        llmt-prep pack --mix configs/mix/pretrain.yaml --dry-run
+
+        llmt-prep pack --mix mix.yaml budget=2B sequence.length=8192 --workers 16
+    """
+    from llmt_prep import plan as plans
+    from llmt_prep.config import MixConfig
+    from llmt_prep.pipeline import build_dataset, summary
+    from llmt_prep.pipeline import dry_run as plan_dataset
+    from llmt_prep.stopping import stoppable
+    from llmt_shared.config import load_config
+
+    config = load_config(mix, MixConfig, overrides or [])
+    with stoppable():
+        if dry_run:
+            plan = plan_dataset(config, workers=workers, rehash=rehash)
+            typer.echo(plan.model_dump_json(indent=1) if as_json else plans.render(plan))
+            return
+        built = build_dataset(config, workers=workers, force=force, rehash=rehash)
+    typer.echo(summary(built, as_json))
+
+
+@app.command()
+def stats(dataset: Dataset, as_json: Json = False) -> None:
+    """Show what is in a dataset: sources, lengths, fill, repeated documents, the ledger.
+
+    Example:
+
+        llmt-prep stats data/pt8k --json
+    """
+    from llmt_prep.report import as_json as to_json
+    from llmt_prep.stats import dataset_stats, render
+    from llmt_shared.dataset import open_dataset
+
+    result = dataset_stats(open_dataset(dataset))
+    typer.echo(to_json(result) if as_json else render(result))
+
+
+@app.command()
+def inspect(
+    dataset: Dataset,
+    row: Annotated[int, typer.Option(min=0, help="Number of the row, from 0.")],
+    split: Annotated[str, typer.Option(help="train or validation.")] = "train",
+    as_json: Json = False,
+) -> None:
+    """Show one row decoded: segments, where each comes from, which tokens are targets.
+
+    Example:
+
+        llmt-prep inspect data/pt8k --row 0
+    """
+    from llmt_prep.inspection import inspect_row, render
+    from llmt_prep.report import as_json as to_json
+    from llmt_prep.report import wants_colour
+    from llmt_shared.dataset import open_dataset
+
+    result = inspect_row(open_dataset(dataset), split, row)
+    # `color` keeps click from stripping what FORCE_COLOR asks for
+    typer.echo(to_json(result) if as_json else render(result, wants_colour(sys.stdout)), color=True)
+
+
+@app.command()
+def verify(dataset: Dataset, as_json: Json = False) -> None:
+    """Check a dataset in full: files, checksums, invariants, ledger, tokenizer. Exit code 3 when something is wrong.
+
+    Example:
+
+        llmt-prep verify data/pt8k
+    """
+    from llmt_prep.verify import as_text, find_problems, to_json
+
+    problems = find_problems(dataset)
+    typer.echo(to_json(problems) if as_json else as_text(dataset, problems))
+    if problems:
+        raise typer.Exit(3)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of mix.yaml, for editors and scripts."""
+    import json
+
+    from llmt_prep.config import MixConfig
+
+    typer.echo(json.dumps(MixConfig.model_json_schema(), indent=1))

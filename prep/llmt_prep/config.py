@@ -1,0 +1,188 @@
+"""What mix.yaml may say. `llmt-prep schema` prints it as JSON schema."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from llmt_shared.config import Bytes, Count, StrictModel, parse_count
+
+
+def _require_rows_with_targets(length: int) -> int:
+    if length < 2:
+        raise ValueError(f"a row of {length} token has no target: a segment's first token is never one; wanted >= 2")
+    return length
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _as_tokenizer(value: object) -> object:
+    return {"path": value} if isinstance(value, str) else value
+
+
+def _budget(value: object) -> object:
+    return value if value in (None, "max") else parse_count(value)
+
+
+def _max_bad(value: object) -> object:
+    if isinstance(value, str) and (match := re.fullmatch(r"([0-9.]+)\s*%", value.strip())):
+        if float(match[1]) > 100:
+            raise ValueError(f"found {value!r}; wanted a share of at most 100%")
+        return f"{float(match[1]):g}%"
+    return parse_count(value)
+
+
+def _name(name: str) -> str:
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise ValueError(f"source name {name!r}; wanted letters, digits, '_', '-' and '.'")
+    return name
+
+
+def _share(value: object) -> object:
+    if isinstance(value, str) and (match := re.fullmatch(r"\s*([0-9.]+)\s*%\s*", value)):
+        return float(match[1]) / 100
+    return value
+
+
+Share = Annotated[float, BeforeValidator(_share), Field(ge=0, le=1)]
+
+
+class TokenizerConfig(StrictModel):
+    """A tokenizer and what its files leave out."""
+
+    path: str
+    """Folder with a `tokenizer.json`, that file itself, or a hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; the commit that it names is pinned in the dataset."""
+    bos_token: str | None = None
+    """Replaces what tokenizer_config.json says."""
+    eos_token: str | None = None
+    """Replaces what tokenizer_config.json says."""
+
+
+class SequenceConfig(StrictModel):
+    """Rows and what happens to documents longer than one."""
+
+    length: Annotated[Count, AfterValidator(_require_rows_with_targets), Field(lt=2**31)]
+    """L: tokens of a row."""
+    overflow: Literal["split", "truncate", "drop", "error"] = "split"
+    """`split` cuts into the fewest pieces, `truncate` keeps the first L tokens, `drop` leaves the document out."""
+
+
+class HoldoutConfig(StrictModel):
+    """Documents set apart for validation, chosen by a hash of their text: duplicates fall on one side."""
+
+    fraction: Annotated[Share, Field(lt=1)] = 0.0
+    """Share of the documents, such as 0.001 or 0.1%; 0 holds out none."""
+
+
+class PackingConfig(StrictModel):
+    """How many documents are packed together, and which rows may stay short for the next window."""
+
+    window: Annotated[Count, Field(ge=1)] = 65_536
+    """Documents of a packing window; memory grows with it."""
+    carry: Annotated[float, Field(ge=0, le=1)] = 0.98
+    """Rows less full than this give their documents to the next window; 0 carries nothing."""
+
+
+class SourceConfig(StrictModel):
+    """One corpus of the mixture."""
+
+    path: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
+    """Files, globs or folders, relative to the working directory; excludes `hf`."""
+    hf: str | None = None
+    """Hub id (or local folder) for `datasets.load_dataset`; excludes `path`."""
+    name: str | None = None
+    """Configuration name of an `hf` dataset."""
+    split: str = "train"
+    """Split of an `hf` dataset."""
+    revision: str | None = None
+    """Branch, tag or commit of an `hf` dataset."""
+    reader: Literal["auto", "jsonl", "parquet", "arrow", "text"] = "auto"
+    """`auto` goes by the file's suffix."""
+    text_field: str = "text"
+    """Field or column that holds the text."""
+    record: Literal["file", "line", "paragraph"] = "file"
+    """What one document is in a plain-text file."""
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Share of the budget's tokens, relative to the other weighted sources; excludes `epochs` and `tokens`."""
+    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Passes over the documents, such as 0.5 or 2; the default, where nothing is said, is 1."""
+    tokens: Annotated[Count, Field(ge=1)] | None = None
+    """Tokens that land in rows."""
+
+    @model_validator(mode="after")
+    def _exclusive(self) -> "SourceConfig":
+        said = [key for key in ("weight", "epochs", "tokens") if getattr(self, key) is not None]
+        if len(said) > 1:
+            raise ValueError(f"says {' and '.join(said)}; a source takes one of weight, epochs and tokens")
+        if bool(self.path) == (self.hf is not None):
+            raise ValueError("wanted exactly one of `path` (files) and `hf` (a Hugging Face dataset)")
+        return self
+
+
+class MixConfig(StrictModel):
+    """The whole of mix.yaml."""
+
+    kind: Literal["pretrain"] = "pretrain"
+    output: Path
+    """Directory to make; it is written beside its final name and renamed when finished."""
+    tokenizer: Annotated[TokenizerConfig, BeforeValidator(_as_tokenizer)]
+    """Folder with a `tokenizer.json`, that file itself, a hub id, or a mapping with `path` and more."""
+    sequence: SequenceConfig
+    budget: Annotated[int | Literal["max"] | None, BeforeValidator(_budget)] = None
+    """Tokens of the training rows; `max` is the largest that respects `max_epochs`. Weights need a budget."""
+    max_epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """How often a weighted source may be seen before the plan stops."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
+    """Order of documents and rows."""
+    holdout: HoldoutConfig = HoldoutConfig()
+    bos: Literal["auto", "always", "never"] = "auto"
+    """`auto` does as the tokenizer does; only a document's first piece has it."""
+    eos: Literal["always", "never"] = "always"
+    """Ends every document; only a document's last piece has it."""
+    special_tokens_in_text: Literal["as_text", "error", "keep"] = "as_text"
+    """What "<|endoftext|>" in a document becomes: plain text, an error, or the control token."""
+    max_bad: Annotated[int | str, BeforeValidator(_max_bad)] = "1%"
+    """Records of a source that may be unusable, as a number or a share, before the run stops."""
+    max_record_bytes: Annotated[Bytes, Field(ge=1024)] = 268_435_456
+    """A larger record (decompressed) is a bad one."""
+    packing: PackingConfig = PackingConfig()
+    shard_size: Annotated[Bytes, Field(ge=1)] = 256_000_000
+    """Bytes of tokens in one file, about."""
+    unit_size: Annotated[Bytes, Field(ge=1)] = 64_000_000
+    """Bytes of input that one task reads, about. The dataset does not depend on it."""
+    cache: Path | None = None
+    """Directory of tokenized input; by default `.llmt-cache` beside the output. The dataset does not depend on it."""
+    workers: Annotated[int, Field(ge=1)] | None = None
+    """Processes; by default one for each CPU this process may use. The dataset does not depend on it."""
+    sources: Annotated[
+        dict[Annotated[str, AfterValidator(_name)], SourceConfig], Field(min_length=1, max_length=65_535)
+    ]
+
+    @model_validator(mode="after")
+    def _weights_need_a_budget(self) -> "MixConfig":
+        weighted = [name for name, source in self.sources.items() if source.weight is not None]
+        if weighted and self.budget is None:
+            raise ValueError(f"sources {', '.join(weighted)} have a weight, so `budget` is needed: such as 20B, or max")
+        if self.budget is not None and not weighted:
+            raise ValueError("`budget` is shared by sources with a weight, and none has one; give weights or no budget")
+        return self
+
+
+def tolerated(max_bad: int | str, records: int) -> float:
+    """How many of ``records`` may be bad."""
+    return max_bad if isinstance(max_bad, int) else float(max_bad.rstrip("%")) / 100 * records
+
+
+def resolved(config: MixConfig, commits: dict[str, str], tokenizer_commit: str | None) -> dict[str, object]:
+    """Return what of the mix the dataset depends on, with hub ids pinned to commits; it is stored with the dataset."""
+    mix = config.model_dump(mode="json", exclude={"output", "workers", "cache", "unit_size"})
+    if tokenizer_commit:
+        mix["tokenizer"]["revision"] = tokenizer_commit
+    for name, commit in commits.items():
+        mix["sources"][name]["revision"] = commit
+    return mix

@@ -1,0 +1,72 @@
+"""What reading gives: documents, bad records with their reasons, and where they lie."""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+PREVIEW_BYTES = 160
+"""How much of a bad record is kept to recognise it by."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the files of a source become documents."""
+
+    reader: Literal["auto", "jsonl", "parquet", "arrow", "text"] = "auto"
+    """`auto` goes by the file's suffix."""
+    text_field: str = "text"
+    """JSON key or column that holds the text; text files have none."""
+    record: Literal["file", "line", "paragraph"] = "file"
+    """What one document of a text file is; a paragraph ends at a blank line."""
+    max_record_bytes: int = 256 * 2**20
+    """A larger record, decompressed, is bad; it is skipped without being held in memory."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of one file that is read, hashed and tokenized as a whole."""
+
+    path: str
+    reader: str
+    """`jsonl`, `parquet`, `arrow` or `text`."""
+    start: int
+    stop: int
+    """Half-open range: row groups of a Parquet file, else bytes. Of plain JSON lines the unit owns those that START in
+    it; of an Arrow file it has whole record batches, and `start` 0 means the whole file."""
+
+
+class Document(NamedTuple):
+    """One text to train on."""
+
+    record: int
+    """Physical line or row, from 0 at the unit's start; blank lines count. A paragraph has that of its first line."""
+    text: str
+
+
+class BadRecord(NamedTuple):
+    """A record that cannot be a document."""
+
+    record: int
+    reason: str
+    preview: str
+    """The start of the record; data, to be escaped where it is shown."""
+
+
+class End(NamedTuple):
+    """The last thing read from a unit."""
+
+    lines: int
+    """Physical lines or rows in the unit; 1 where a whole text file is one record."""
+
+
+Item = Document | BadRecord | End
+
+
+def shown(data: bytes | str) -> str:
+    """Return the start of a record as text, whatever its bytes are."""
+    raw = data[:PREVIEW_BYTES].encode("utf-8", "replace") if isinstance(data, str) else data
+    return raw[:PREVIEW_BYTES].decode("utf-8", "replace")
+
+
+def too_large(size: int, reading: Reading) -> str:
+    """Return the reason that quarantines a record of ``size`` bytes."""
+    return f"record of {size} bytes, more than max_record_bytes = {reading.max_record_bytes}"

@@ -1,0 +1,119 @@
+"""The last stage: everything of a dataset that is not tokens, then the manifest, and with it the digest."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llmt_prep import arrays, durable, executor
+from llmt_prep.corpus import Corpus
+from llmt_prep.inputs import InputFile, hash_file
+from llmt_prep.ledger import Ledger
+from llmt_prep.store import read_quarantine
+from llmt_prep.tokenizer import LoadedTokenizer
+from llmt_shared import manifest
+from llmt_shared.manifest import FileEntry, Manifest, TokenizerEntry
+
+RUN_REPORT = "run.json"
+"""What is true of one run only; neither the manifest nor the digest covers it."""
+
+
+def write_companions(
+    data: Path,
+    mix: dict[str, Any],
+    tokenizer: LoadedTokenizer,
+    ledger: Ledger,
+    files: Sequence[InputFile],
+    corpus: Corpus,
+) -> None:
+    """Write the mix, the tokenizer, the ledger, the list of input files and the quarantine.
+
+    Args:
+        data: directory that becomes the dataset.
+        mix: resolved mix.
+        tokenizer: its files are copied.
+        ledger: closed books.
+        files: inputs, in order.
+        corpus: units, whose quarantines are joined.
+    """
+    arrays.write_group(data, {})
+    durable.write(data / "mix.json", _json(mix))
+    durable.write(data / "ledger.json", _json(ledger.model_dump()))
+    for name, content in tokenizer.files.items():
+        durable.write(data / "tokenizer" / name, content)
+    sources = list(mix["sources"])
+    first_document = {(unit.source, unit.path): unit.file_document for unit in corpus.units}
+    table = pa.table(
+        {
+            "source": [sources[file.source] for file in files],
+            "path": [file.path for file in files],
+            "bytes": pa.array([file.bytes for file in files], pa.uint64()),
+            "sha256": [file.sha256 for file in files],
+            "first_document": pa.array([first_document[file.source, file.path] for file in files], pa.uint64()),
+        }
+    )
+    with durable.writing(data / "files.parquet") as out:
+        pq.write_table(table, out)
+    _write_quarantine(data / "quarantine.jsonl", sources, corpus)
+
+
+def _write_quarantine(path: Path, sources: list[str], corpus: Corpus) -> None:
+    """One line for each bad record: source, file, record (from 0: a line or row number), reason, preview."""
+    with durable.writing(path) as out:
+        for unit in corpus.units:
+            for bad in read_quarantine(Path(unit.directory)):
+                line = {
+                    "source": sources[unit.source],
+                    "file": unit.path,
+                    "record": unit.records_before + bad.record,
+                    "reason": bad.reason,
+                    "preview": bad.preview,
+                }
+                out.write(json.dumps(line).encode() + b"\n")
+
+
+def write_manifest(data: Path, header: dict[str, Any], workers: int, progress: Callable[[int], None]) -> str:
+    """Hash every file and write the manifest, last of all; returns the dataset digest.
+
+    Args:
+        data: directory that becomes the dataset.
+        header: all of `Manifest` but the files and the format.
+        workers: processes that hash.
+        progress: told the bytes hashed.
+    """
+    for leftover in data.rglob("*.tmp"):
+        leftover.unlink()  # of a process that was killed while it wrote
+    outside = {data / manifest.NAME, data / RUN_REPORT}  # of an earlier try that was killed after writing them
+    paths = sorted(path for path in data.rglob("*") if path.is_file() and path not in outside)
+    hashes = [""] * len(paths)
+    for done, sha256 in executor.run(hash_file, [(str(path),) for path in paths], workers):
+        hashes[done] = sha256
+        progress(paths[done].stat().st_size)
+    names = [path.relative_to(data).as_posix() for path in paths]
+    entries = [
+        FileEntry(path=name, bytes=path.stat().st_size, sha256=sha256)
+        for name, path, sha256 in sorted(zip(names, paths, hashes, strict=True))
+    ]
+    content = _json(Manifest(format=1, files=tuple(entries), **header).model_dump(mode="json")).encode()
+    durable.write(data / manifest.NAME, content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def tokenizer_entry(tokenizer: LoadedTokenizer) -> TokenizerEntry:
+    """Return what the manifest says of the tokenizer."""
+    return TokenizerEntry(
+        digest=tokenizer.digest,
+        vocab_size=tokenizer.vocab_size,
+        max_id=tokenizer.max_id,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+    )
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"

@@ -1,0 +1,124 @@
+"""Which files a mix reads, what they hold (by hash), and the units of work that they fall into."""
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from llmt_prep import documents, durable, executor
+from llmt_prep.config import MixConfig, SourceConfig
+from llmt_prep.documents import Reading, Unit
+from llmt_prep.progress import stage
+from llmt_shared.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One file of one source."""
+
+    source: int
+    path: str
+    bytes: int
+    mtime_ns: int
+    inode: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All files of a mix in the order of its sources, and the commits of hub datasets by source name."""
+
+    files: tuple[InputFile, ...]
+    commits: dict[str, str]
+
+
+def reading_of(config: MixConfig, source: SourceConfig) -> Reading:
+    """Return a source's reader settings."""
+    return Reading(
+        reader="arrow" if source.hf else source.reader,
+        text_field=source.text_field,
+        record=source.record,
+        max_record_bytes=config.max_record_bytes,
+    )
+
+
+def find_inputs(config: MixConfig, cache: Path, workers: int, *, rehash: bool, remember: bool) -> Inputs:
+    """Find and hash all input files.
+
+    Args:
+        config: the mix.
+        cache: where the hashes of unchanged files are remembered.
+        workers: processes.
+        rehash: hash even files whose size, time and inode are as remembered.
+        remember: write down what was hashed.
+
+    Raises:
+        ConfigError: a pattern matches nothing, or a file cannot be read.
+    """
+    found: list[tuple[int, Path]] = []
+    commits: dict[str, str] = {}
+    for index, (name, source) in enumerate(config.sources.items()):
+        if source.hf is not None:
+            paths, commits[name] = documents.hf_files(source.hf, source.name, source.split, source.revision)
+        else:
+            paths = documents.find_files(source.path, reading_of(config, source))
+        found += [(index, path) for path in paths]
+    known = _remembered(cache / "files.json")
+    files = _with_hashes(found, {} if rehash else known, workers)
+    if remember:
+        known.update({_identity(file): file.sha256 for file in files})
+        durable.write(cache / "files.json", json.dumps(known, indent=0))
+    return Inputs(tuple(files), commits)
+
+
+def units_of(file: InputFile, config: MixConfig) -> list[Unit]:
+    """Cut a file into units of work; the dataset does not depend on their size."""
+    source = list(config.sources.values())[file.source]
+    return documents.split_into_units(Path(file.path), reading_of(config, source).reader, config.unit_size)
+
+
+def check_unchanged(files: tuple[InputFile, ...]) -> None:
+    """Raise DataError when a file is not what it was when it was hashed."""
+    for file in files:
+        stat = Path(file.path).stat()
+        if (stat.st_size, stat.st_mtime_ns) != (file.bytes, file.mtime_ns):
+            raise DataError(f"{file.path}: changed while it was read; run the same command again when it is complete")
+
+
+def hash_file(path: str) -> str:
+    """sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _with_hashes(found: list[tuple[int, Path]], known: dict[str, str], workers: int) -> list[InputFile]:
+    files = [_stat(source, path) for source, path in found]
+    hashes = [known.get(_identity(file), "") for file in files]
+    missing = [i for i, sha256 in enumerate(hashes) if not sha256]
+    with stage("hash", sum(files[i].bytes for i in missing), "bytes") as advance:
+        for done, sha256 in executor.run(hash_file, [(files[i].path,) for i in missing], workers):
+            hashes[missing[done]] = sha256
+            advance(files[missing[done]].bytes)
+    return [replace(file, sha256=sha256) for file, sha256 in zip(files, hashes, strict=True)]
+
+
+def _stat(source: int, path: Path) -> InputFile:
+    try:
+        stat = path.stat()
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    return InputFile(source, str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino, "")
+
+
+def _identity(file: InputFile) -> str:
+    return f"{Path(file.path).absolute()}|{file.bytes}|{file.mtime_ns}|{file.inode}"
+
+
+def _remembered(index: Path) -> dict[str, str]:
+    try:
+        known: dict[str, str] = json.loads(index.read_text())
+    except (OSError, ValueError):
+        return {}  # a missing or torn index costs hashing again, nothing else
+    return known

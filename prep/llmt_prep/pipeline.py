@@ -1,0 +1,267 @@
+"""The whole of stage one: find -> tokenize -> select -> pack -> gather -> finish.
+
+Every stage writes files that are whole or absent and skips what is there, so running again after any stop goes on.
+The bytes of the dataset depend on the mix and the input alone: not on workers, unit sizes, kills or the cache.
+"""
+
+import json
+import os
+import platform
+import socket
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmt_prep import corpus as corpora
+from llmt_prep import durable, executor, finish, shards, staging
+from llmt_prep.config import MixConfig, resolved
+from llmt_prep.corpus import Corpus
+from llmt_prep.inputs import Inputs, check_unchanged, find_inputs
+from llmt_prep.ledger import Ledger, SplitLedger, mistakes, source_ledgers
+from llmt_prep.plan import Plan, describe
+from llmt_prep.progress import say, stage
+from llmt_prep.recipe import recipe_of
+from llmt_prep.report import count, percent
+from llmt_prep.rows import is_planned, load_rows, write_rows
+from llmt_prep.selection import Selected, select, training_windows, validation_windows
+from llmt_prep.shards import SplitTask, Totals
+from llmt_prep.stores import tokenize_inputs
+from llmt_prep.tokenizer import LoadedTokenizer, load_tokenizer
+from llmt_shared import __version__
+from llmt_shared.errors import ConfigError, DataError
+from llmt_shared.manifest import Manifest, read_manifest
+
+
+@dataclass(frozen=True)
+class Built:
+    """A finished dataset."""
+
+    path: Path
+    manifest: Manifest
+    digest: str
+    is_new: bool
+    """False where the very same dataset was already there."""
+
+
+@dataclass
+class _Clock:
+    """Seconds of each stage, for run.json."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - started, 3)
+
+
+def build_dataset(config: MixConfig, *, workers: int | None = None, force: bool = False, rehash: bool = False) -> Built:
+    """Make the dataset that a mix describes, or go on making it, or find that it is there.
+
+    Args:
+        config: the mix.
+        workers: processes; ``None`` takes the mix's, else one for each usable CPU.
+        force: replace a finished dataset of another recipe.
+        rehash: read every input file to see whether it changed, even where size, time and inode did not.
+
+    Raises:
+        ConfigError: another dataset is there, another run works on it, or the mix cannot work.
+        DataError: input that cannot be used.
+        Stopped: the disk is full.
+    """
+    workers = workers or config.workers or len(os.sched_getaffinity(0))
+    with staging.locked(config.output):
+        return _build(config, workers, force, rehash)
+
+
+def dry_run(config: MixConfig, *, workers: int | None = None, rehash: bool = False) -> Plan:
+    """Plan without writing: tokens are counted in a temporary directory where the cache does not hold them."""
+    workers = workers or config.workers or len(os.sched_getaffinity(0))
+    tokenizer = _tokenizer(config)
+    inputs = find_inputs(config, _cache(config), workers, rehash=rehash, remember=False)
+    with tempfile.TemporaryDirectory(prefix="llmt-dry-run-") as temporary:
+        corpus = tokenize_inputs(config, inputs, tokenizer, Path(temporary), workers, known=_cache(config))
+        _check_lengths(config, corpus)
+        return describe(config, corpus, select(config, corpus), _dtype(tokenizer))
+
+
+def _build(config: MixConfig, workers: int, force: bool, rehash: bool) -> Built:
+    clock, started = _Clock(), time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    tokenizer = _tokenizer(config)
+    with clock("hash"):
+        inputs = find_inputs(config, _cache(config), workers, rehash=rehash, remember=True)
+    mix = resolved(config, inputs.commits, tokenizer.commit)
+    recipe = recipe_of(mix, inputs.files, tokenizer.digest)
+    if (done := _finished(config, recipe, force)) is not None:
+        return done
+    directory, is_resumed = staging.prepare(config.output, recipe)
+    if is_resumed:
+        say(f"going on with {directory}")
+    with clock("tokenize"):
+        corpus = tokenize_inputs(config, inputs, tokenizer, _cache(config), workers)
+    check_unchanged(inputs.files)
+    _check_lengths(config, corpus)
+    with clock("plan"):
+        selected = select(config, corpus)
+        splits = _plan_rows(config, directory, corpus, selected)
+    with clock("gather"):
+        totals = {name: _gather(config, directory, corpus, name, _dtype(tokenizer), workers) for name in splits}
+    with clock("finish"):
+        ledger = _close_books(config, inputs, corpus, selected, directory, totals)
+        data = directory / "data"
+        finish.write_companions(data, mix, tokenizer, ledger, inputs.files, corpus)
+        header = _header(config, tokenizer, recipe, totals)
+        size = sum(path.stat().st_size for path in data.rglob("*") if path.is_file())
+        with stage("checksums", size, "bytes") as advance:
+            finish.write_manifest(data, header, workers, advance)
+    durable.write(data / finish.RUN_REPORT, _run_report(started, clock, workers, tokenizer))
+    staging.publish(config.output)
+    return Built(config.output, *read_manifest(config.output), is_new=True)
+
+
+def _tokenizer(config: MixConfig) -> LoadedTokenizer:
+    said = config.tokenizer
+    return load_tokenizer(said.path, said.revision, said.eos_token, said.bos_token)
+
+
+def _cache(config: MixConfig) -> Path:
+    return config.cache or config.output.parent / ".llmt-cache"
+
+
+def _dtype(tokenizer: LoadedTokenizer) -> np.dtype[Any]:
+    return np.dtype(np.uint16 if tokenizer.max_id <= np.iinfo(np.uint16).max else np.uint32)
+
+
+def _finished(config: MixConfig, recipe: str, force: bool) -> Built | None:
+    """The dataset where it is there already; an error where another is."""
+    if not config.output.exists():
+        return None
+    if (config.output / "MANIFEST.json").exists():
+        manifest, digest = read_manifest(config.output)
+        if manifest.recipe == recipe and not force:
+            return Built(config.output, manifest, digest, is_new=False)
+    elif not config.output.is_dir() or any(config.output.iterdir()):
+        raise ConfigError(f"{config.output}: exists and is no dataset; wanted a new directory as `output`")
+    if not force and any(config.output.iterdir()):
+        raise ConfigError(
+            f"{config.output}: holds a finished dataset made from another mix, input or tokenizer; "
+            f"choose another `output`, or --force to replace it"
+        )
+    return None
+
+
+def _check_lengths(config: MixConfig, corpus: Corpus) -> None:
+    """Under `overflow: error`, name the first document that is longer than a row."""
+    if config.sequence.overflow != "error":
+        return
+    long = np.flatnonzero(corpus.lengths > config.sequence.length)
+    if long.size:
+        raise DataError(
+            f"{corpus.place(int(long[0]))}: {corpus.lengths[long[0]]} tokens, but a row has {config.sequence.length}; "
+            f"{long.size} documents are too long; make rows longer, or set sequence.overflow to split, truncate or drop"
+        )
+
+
+def _plan_rows(config: MixConfig, directory: Path, corpus: Corpus, selected: Selected) -> list[str]:
+    """Write the row plan of each split that has documents; returns their names."""
+    corpora.save(corpus, directory / "corpus.json")
+    windows = {"train": training_windows(config, selected)}
+    if selected.held_out.size:
+        windows["validation"] = validation_windows(config, selected)
+    elif config.holdout.fraction:
+        say(f"no document is held out: {config.holdout.fraction:g} of {len(corpus.lengths)} documents hit none")
+    for name, stream in windows.items():
+        if not is_planned(directory / "rows" / name):
+            sequence = config.sequence
+            write_rows(
+                directory / "rows" / name, stream, corpus, sequence.length, sequence.overflow, config.packing.carry
+            )
+    return list(windows)
+
+
+def _gather(
+    config: MixConfig, directory: Path, corpus: Corpus, split: str, dtype: np.dtype[Any], workers: int
+) -> Totals:
+    num_rows, length = load_rows(directory / "rows" / split).num_rows, config.sequence.length
+    per_shard = shards.rows_per_shard(num_rows, length, dtype.itemsize, config.shard_size)
+    task = SplitTask(str(directory), split, corpus.num_sources, length, per_shard, dtype.name, config.seed)
+    numbers = range(shards.num_shards(num_rows, per_shard))
+    missing = [number for number in numbers if not task.sidecar(number).exists()]
+    with stage(f"{split} shards", len(missing)) as advance:
+        for _ in executor.run(shards.write_shard, [(task, number) for number in missing], workers):
+            advance(1)
+    return shards.finish_split(task)
+
+
+def _close_books(
+    config: MixConfig, inputs: Inputs, corpus: Corpus, selected: Selected, directory: Path, totals: dict[str, Totals]
+) -> Ledger:
+    tallies = {name: load_rows(directory / "rows" / name).tallies for name in totals}
+    in_rows = {name: total.tokens_of_source for name, total in totals.items()}
+    files = Counter(file.source for file in inputs.files)
+    ledger = Ledger(
+        sources=source_ledgers(config, corpus, selected, files, tallies, in_rows),
+        splits={
+            name: SplitLedger(
+                rows=total.rows, in_rows=total.tokens, padding=total.rows * config.sequence.length - total.tokens
+            )
+            for name, total in totals.items()
+        },
+    )
+    wrong = mistakes(ledger, config.sequence.length)
+    assert not wrong, f"the ledger does not close: {wrong}"
+    return ledger
+
+
+def _header(config: MixConfig, tokenizer: LoadedTokenizer, recipe: str, totals: dict[str, Totals]) -> dict[str, Any]:
+    return {
+        "kind": config.kind,
+        "length": config.sequence.length,
+        "sources": tuple(config.sources),
+        "tokenizer": finish.tokenizer_entry(tokenizer),
+        "recipe": recipe,
+        "splits": {
+            name: {"rows": total.rows, "segments": total.segments, "tokens": total.tokens, "targets": total.targets}
+            for name, total in totals.items()
+        },
+    }
+
+
+def _run_report(started: str, clock: _Clock, workers: int, tokenizer: LoadedTokenizer) -> str:
+    """What is true of this run only; neither the manifest nor the digest covers it."""
+    packages = ("numpy", "tokenizers", "pyarrow", "numba")
+    report = {
+        "started": started,
+        "seconds": clock.seconds,
+        "workers": workers,
+        "engine": "tokenizers",
+        "host": socket.gethostname(),
+        "python": platform.python_version(),
+        "versions": {"llmt": __version__} | {name: version(name) for name in packages},
+        "tokenizer_commit": tokenizer.commit,
+    }
+    return json.dumps(report, indent=1) + "\n"
+
+
+def summary(built: Built, as_json: bool) -> str:
+    """Return what `pack` prints at its end."""
+    manifest = built.manifest
+    if as_json:
+        splits = {name: split.model_dump() for name, split in manifest.splits.items()}
+        return json.dumps({"path": str(built.path), "digest": built.digest, "new": built.is_new, "splits": splits})
+    lines = [
+        f"{name}: {count(split.rows)} rows of {manifest.length}, {count(split.tokens)} tokens, "
+        f"{percent(split.tokens / max(1, split.rows * manifest.length))} full"
+        for name, split in manifest.splits.items()
+    ]
+    state = "" if built.is_new else " (was there already)"
+    return "\n".join([*lines, f"{built.path}{state}, digest {built.digest}"])

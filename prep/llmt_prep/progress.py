@@ -1,0 +1,64 @@
+"""Progress of long work on stderr: a bar on a terminal, plain lines otherwise."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+def say(message: str) -> None:
+    """Write one line of the log."""
+    print(message, file=sys.stderr, flush=True)  # noqa: T201
+
+
+@contextmanager
+def stage(name: str, total: int, unit: str = "") -> Iterator[Callable[[int], None]]:
+    """Show one stage of a run; the function it gives is told how much more is done.
+
+    Args:
+        name: what is done.
+        total: of all that ``advance`` will be told; 0 shows nothing.
+        unit: ``bytes`` shows sizes and rates as such.
+    """
+    if total == 0:
+        yield lambda amount: None
+    elif sys.stderr.isatty():
+        with _bar(name, total, unit) as advance:
+            yield advance
+    else:
+        with _lines(name, total) as advance:
+            yield advance
+
+
+@contextmanager
+def _bar(name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    from rich import progress
+    from rich.console import Console
+
+    amount = (
+        (progress.DownloadColumn(), progress.TransferSpeedColumn())
+        if unit == "bytes"
+        else (progress.MofNCompleteColumn(),)
+    )
+    columns = (progress.TextColumn("{task.description:>12}"), progress.BarColumn(), *amount)
+    with progress.Progress(*columns, progress.TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task(name, total=total)
+        yield lambda done: bar.advance(task, done)
+
+
+@contextmanager
+def _lines(name: str, total: int) -> Iterator[Callable[[int], None]]:
+    started = shown = time.monotonic()
+    done = 0
+
+    def advance(amount: int) -> None:
+        nonlocal done, shown
+        done += amount
+        if time.monotonic() - shown > _SECONDS_BETWEEN_LINES:
+            shown = time.monotonic()
+            say(f"{name}: {done / total:.0%} after {shown - started:.0f} s")
+
+    yield advance
+    say(f"{name}: done in {time.monotonic() - started:.1f} s")

@@ -1,0 +1,38 @@
+"""A split's segments read in order, some rows at a time: memory does not grow with the dataset."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmt_shared.dataset import ChunkedArray, SegmentTable
+
+
+class Block(NamedTuple):
+    """Successive rows: R of them with S segments."""
+
+    first_row: int
+    segments: SegmentTable
+
+    @property
+    def row(self) -> NDArray[np.int64]:
+        """[S] number of each segment's row in the split."""
+        per_row = self.segments.per_row
+        return np.repeat(np.arange(self.first_row, self.first_row + len(per_row)), per_row)
+
+
+def blocks(split: Path, rows_at_once: int) -> Iterator[Block]:
+    """Yield a split's segments in blocks of so many rows; row_offsets must ascend.
+
+    Args:
+        split: directory of the split.
+        rows_at_once: rows of a block; the last may have fewer.
+    """
+    row_offsets = ChunkedArray(split / "row_offsets")
+    columns = [ChunkedArray(split / f"segment_{name}") for name in SegmentTable._fields[1:]]
+    for first in range(0, len(row_offsets) - 1, rows_at_once):
+        borders = row_offsets[first : first + rows_at_once + 1]
+        mine = slice(int(borders[0]), int(borders[-1]))
+        yield Block(first, SegmentTable(np.diff(borders), *(column[mine] for column in columns)))

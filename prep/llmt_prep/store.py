@@ -1,0 +1,221 @@
+"""The token store: what one unit of input becomes, a folder of raw arrays that appears whole or not at all.
+
+Its files: `tokens`, `lengths`, `records` and `text_hash` (little-endian; see StoreUnit), `quarantine.jsonl` (bad
+records, one JSON object a line) and `meta.json` (UnitMeta).
+"""
+
+import errno
+import glob
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from llmt_prep import durable
+from llmt_prep.documents import BadRecord
+from llmt_shared.errors import FormatError
+
+TEXT_HASH_SALT = 0x6C6C6D74_74657874
+"""Fixed for ever: which documents are held out depends on it."""
+
+_COLUMNS: dict[str, np.dtype[Any]] = {
+    "lengths": np.dtype("<u4"),
+    "records": np.dtype("<u4"),
+    "text_hash": np.dtype("<u8"),
+}
+_QUARANTINE = "quarantine.jsonl"
+_META = "meta.json"
+_WAY_OUT = "delete this folder and run the same command again"
+
+
+@dataclass(frozen=True)
+class UnitMeta:
+    """Counts of one unit: ``records = documents + empty + quarantined``."""
+
+    records: int
+    documents: int
+    empty: int
+    """Records without a token: an empty text."""
+    quarantined: int
+    documents_with_control_strings: int
+    tokens: int
+    """BOS and EOS included."""
+    text_bytes: int
+    """UTF-8 bytes of the documents' texts."""
+    lines: int
+    """Physical lines or rows; blank lines are no records."""
+    dtype: str
+    """uint16 or uint32."""
+
+
+@dataclass(frozen=True)
+class StoreUnit:
+    """One unit; an array is mapped when it is first asked for."""
+
+    path: Path
+    meta: UnitMeta
+
+    @cached_property
+    def tokens(self) -> NDArray[Any]:
+        """[tokens] uint16 or uint32; document after document."""
+        return _map(self.path / "tokens", np.dtype(self.meta.dtype).newbyteorder("<"))
+
+    @cached_property
+    def lengths(self) -> NDArray[np.uint32]:
+        """[documents] tokens of each; never 0."""
+        return _map(self.path / "lengths", _COLUMNS["lengths"])
+
+    @cached_property
+    def records(self) -> NDArray[np.uint32]:
+        """[documents] physical line or row, from 0 at the unit's start; ascending."""
+        return _map(self.path / "records", _COLUMNS["records"])
+
+    @cached_property
+    def text_hash(self) -> NDArray[np.uint64]:
+        """[documents] hash of each raw text."""
+        return _map(self.path / "text_hash", _COLUMNS["text_hash"])
+
+
+def hash_text(text: bytes) -> int:
+    """Return the 64-bit hash of a UTF-8 text by which duplicates are known and documents held out."""
+    return xxhash.xxh3_64_intdigest(text, seed=TEXT_HASH_SALT)
+
+
+def token_dtype(max_id: int) -> np.dtype[Any]:
+    """Return the dtype of tokens on disk for a tokenizer's largest id."""
+    return np.dtype("<u2" if max_id <= 65_535 else "<u4")
+
+
+def open_unit(path: Path) -> StoreUnit:
+    """Open a unit; nothing is read but its counts.
+
+    Raises:
+        FormatError: no unit is there, or its files do not have the sizes that its counts ask for.
+    """
+    try:
+        content = json.loads((path / _META).read_text("utf-8"))
+        meta = UnitMeta(**content)
+        sizes = {name: meta.documents * dtype.itemsize for name, dtype in _COLUMNS.items()}
+        sizes["tokens"] = meta.tokens * np.dtype(meta.dtype).itemsize
+        wrong = [name for name, size in sizes.items() if (path / name).stat().st_size != size]
+    except (OSError, ValueError, TypeError) as error:
+        raise FormatError(f"{path}: not a unit of the token store: {error}; {_WAY_OUT}") from None
+    if wrong:
+        raise FormatError(f"{path / wrong[0]}: not of the {sizes[wrong[0]]} bytes that meta.json asks for; {_WAY_OUT}")
+    return StoreUnit(path, meta)
+
+
+def read_quarantine(path: Path) -> Iterator[BadRecord]:
+    """Yield a unit's bad records in order."""
+    with (path / _QUARANTINE).open(encoding="utf-8") as lines:
+        yield from (BadRecord(**json.loads(line)) for line in lines)
+
+
+class UnitWriter:
+    """Files of a unit that is being written; `writing_unit` gives one."""
+
+    def __init__(self, directory: Path, dtype: np.dtype[Any]) -> None:
+        self.meta: UnitMeta | None = None
+        self._dtypes = {"tokens": dtype, **_COLUMNS}
+        self._files: dict[str, BinaryIO] = {
+            name: (directory / name).open("wb") for name in [*self._dtypes, _QUARANTINE, _META]
+        }
+
+    def add(self, tokens: Sequence[NDArray[Any]], records: Sequence[int], text_hashes: Sequence[int]) -> None:
+        """Append documents: the token ids, record number and text hash of each."""
+        self._write("lengths", [len(ids) for ids in tokens])
+        self._write("records", records)
+        self._write("text_hash", text_hashes)
+        for ids in tokens:
+            self._write("tokens", ids)
+
+    def quarantine(self, bad: BadRecord) -> None:
+        """Append a bad record."""
+        self._files[_QUARANTINE].write(json.dumps(bad._asdict()).encode() + b"\n")
+
+    def finish(self, meta: UnitMeta) -> None:
+        """Say what the unit holds; the last call, and without it the unit never appears."""
+        self._files[_META].write(json.dumps(asdict(meta), indent=1).encode() + b"\n")
+        self.meta = meta
+
+    def _write(self, name: str, values: Sequence[int] | NDArray[Any]) -> None:
+        self._files[name].write(np.ascontiguousarray(values, self._dtypes[name]).data)
+
+    def close(self, sync: bool) -> None:
+        """Close the files, after forcing them to the disk where asked."""
+        for file in self._files.values():
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+            file.close()
+
+
+@contextmanager
+def writing_unit(path: Path, dtype: np.dtype[Any]) -> Iterator[UnitWriter]:
+    """Write a unit; the folder appears under its name when the block ends well, complete and on the disk.
+
+    Where another process has made the same unit meanwhile, that one stays: its content is the same.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
+    temporary = path.with_name(f"{_temporary_prefix(path)}{os.getpid()}.tmp")
+    try:
+        temporary.mkdir()
+        writer = UnitWriter(temporary, dtype)
+        try:
+            yield writer
+        finally:
+            writer.close(sync=writer.meta is not None)
+        if writer.meta is None:
+            raise ValueError(f"{path}: the unit was not finished")
+        _publish(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # gone already when all went well
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    durable.sync_directory(temporary)
+    try:
+        temporary.rename(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    durable.sync_directory(path.parent)
+
+
+def _temporary_prefix(path: Path) -> str:
+    return f".{path.name}.{socket.gethostname()}."
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what killed processes of this machine left of the same unit."""
+    for leftover in path.parent.glob(f"{glob.escape(_temporary_prefix(path))}*.tmp"):
+        pid = leftover.name.removesuffix(".tmp").rpartition(".")[2]
+        if pid.isdecimal() and (int(pid) == os.getpid() or not _is_running(int(pid))):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)  # signal 0 only asks
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _map(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
+    if path.stat().st_size == 0:  # an empty file cannot be mapped
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype, mode="r")

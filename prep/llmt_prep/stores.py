@@ -1,0 +1,201 @@
+"""From input files to the corpus: every unit of work is tokenized once and found again by its content.
+
+A unit's name in the cache is the hash of what its tokens depend on: the file's content, the range, the reader, the
+tokenizer and how documents begin and end. So another row length, mixture or seed tokenizes nothing again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from llmt_prep import documents, durable, executor
+from llmt_prep.config import MixConfig, tolerated
+from llmt_prep.corpus import Corpus, UnitEntry
+from llmt_prep.documents import Reading, Unit
+from llmt_prep.inputs import InputFile, Inputs, reading_of
+from llmt_prep.progress import stage
+from llmt_prep.report import escaped
+from llmt_prep.store import UnitMeta, open_unit, read_quarantine
+from llmt_prep.tokenization import TextSettings, tokenize_unit, unit_key
+from llmt_prep.tokenizer import LoadedTokenizer, load_tokenizer
+from llmt_shared.errors import DataError
+
+_MANY_BAD = 100
+"""Bad records before a share of them may stop a run in the middle."""
+
+
+@dataclass(frozen=True)
+class TokenizeTask:
+    """One unit to tokenize; picklable and small."""
+
+    unit: Unit
+    reading: Reading
+    settings: TextSettings
+    tokenizer: tuple[str, str | None, str | None]
+    """Folder, EOS token and BOS token."""
+    directory: str
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a unit belongs and where its tokens are or will be."""
+
+    file: int
+    source: int
+    unit: Unit
+    directory: Path
+
+
+def tokenize_inputs(
+    config: MixConfig,
+    inputs: Inputs,
+    tokenizer: LoadedTokenizer,
+    cache: Path,
+    workers: int,
+    known: Path | None = None,
+) -> Corpus:
+    """Tokenize what the cache does not hold.
+
+    Args:
+        config: the mix.
+        inputs: hashed files.
+        tokenizer: loaded tokenizer.
+        cache: where units are written.
+        workers: processes.
+        known: another cache, which is only read.
+
+    Raises:
+        DataError: more bad records than `max_bad`, damaged input.
+    """
+    folder = _shelve_tokenizer(cache, tokenizer)
+    settings, said = _settings(config), config.tokenizer
+    places = _places(config, inputs, tokenizer, settings, cache, known)
+    _tokenize_missing(
+        config, inputs, places, (str(folder), config.tokenizer.eos_token, config.tokenizer.bos_token), workers
+    )
+    metas = [open_unit(place.directory).meta for place in places]
+    _check_bad(config, inputs, places, metas)
+    return _corpus(inputs.files, places, metas, len(config.sources))
+
+
+def run_task(task: TokenizeTask) -> UnitMeta:
+    """Tokenize one unit; in any process."""
+    return tokenize_unit(task.unit, task.reading, _loaded(*task.tokenizer), task.settings, Path(task.directory))
+
+
+@lru_cache(maxsize=1)
+def _loaded(folder: str, eos_token: str | None, bos_token: str | None) -> LoadedTokenizer:
+    return load_tokenizer(folder, None, eos_token, bos_token)
+
+
+def _settings(config: MixConfig) -> TextSettings:
+    return TextSettings(special_tokens_in_text=config.special_tokens_in_text, bos=config.bos, eos=config.eos)
+
+
+def _shelve_tokenizer(cache: Path, tokenizer: LoadedTokenizer) -> Path:
+    """Put the tokenizer's files where every worker can load them."""
+    folder = cache / "tokenizers" / tokenizer.digest[:32]
+    for name, content in tokenizer.files.items():
+        if not (folder / name).exists():
+            durable.write(folder / name, content)
+    return folder
+
+
+def _places(
+    config: MixConfig,
+    inputs: Inputs,
+    tokenizer: LoadedTokenizer,
+    settings: TextSettings,
+    cache: Path,
+    known: Path | None,
+) -> list[_Place]:
+    sources = list(config.sources.values())
+    places = []
+    for index, file in enumerate(inputs.files):
+        reading = reading_of(config, sources[file.source])
+        for unit in documents.split_into_units(Path(file.path), reading.reader, config.unit_size):
+            key = unit_key(unit, file.sha256, reading, tokenizer, settings)
+            name = Path("units") / key[:2] / key
+            directory = known / name if known is not None and (known / name).exists() else cache / name
+            places.append(_Place(index, file.source, unit, directory))
+    return places
+
+
+def _tokenize_missing(
+    config: MixConfig,
+    inputs: Inputs,
+    places: Sequence[_Place],
+    tokenizer: tuple[str, str | None, str | None],
+    workers: int,
+) -> None:
+    sources = list(config.sources.values())
+    missing = {place.directory: place for place in places if not place.directory.exists()}
+    todo = list(missing.values())
+    tasks = [
+        (TokenizeTask(p.unit, reading_of(config, sources[p.source]), _settings(config), tokenizer, str(p.directory)),)
+        for p in todo
+    ]
+    sizes = [_size(place.unit, inputs.files[place.file]) for place in todo]
+    seen: list[tuple[_Place, UnitMeta]] = []
+    with stage("tokenize", sum(sizes), "bytes") as advance:
+        for done, meta in executor.run(run_task, tasks, workers):
+            advance(sizes[done])
+            seen.append((todo[done], meta))
+            if meta.quarantined >= _MANY_BAD:  # a wrong field must not cost a night
+                _check_bad(config, inputs, *zip(*seen, strict=True))
+
+
+def _size(unit: Unit, file: InputFile) -> int:
+    return min(unit.stop - unit.start, file.bytes) if unit.reader in ("jsonl", "text") else file.bytes
+
+
+def _check_bad(config: MixConfig, inputs: Inputs, places: Sequence[_Place], metas: Sequence[UnitMeta]) -> None:
+    for source, name in enumerate(config.sources):
+        mine = [(place, meta) for place, meta in zip(places, metas, strict=True) if place.source == source]
+        records, bad = (sum(getattr(meta, key) for _, meta in mine) for key in ("records", "quarantined"))
+        if bad > tolerated(config.max_bad, records):
+            lines = _examples(inputs, [place for place, meta in mine if meta.quarantined])
+            raise DataError(
+                f"sources.{name}: {bad} of {records} records cannot be used; max_bad allows {config.max_bad}. "
+                f"The first are:\n{lines}\nMend them, set text_field or reader, or raise max_bad: "
+                f"bad records are then left out and listed in quarantine.jsonl"
+            )
+
+
+def _examples(inputs: Inputs, places: Sequence[_Place], most: int = 3) -> str:
+    lines: list[str] = []
+    for place in places:
+        before = documents.lines_before(place.unit)
+        for bad in read_quarantine(place.directory):
+            line = before + bad.record + 1
+            lines.append(f"  {inputs.files[place.file].path}:{line}: {bad.reason}: {escaped(bad.preview[:60])}")
+            if len(lines) == most:
+                return "\n".join(lines)
+    return "\n".join(lines)
+
+
+def _corpus(
+    files: Sequence[InputFile], places: Sequence[_Place], metas: Sequence[UnitMeta], num_sources: int
+) -> Corpus:
+    lines_of_file = np.zeros(len(files), np.int64)
+    records_before = []
+    for place, meta in zip(places, metas, strict=True):
+        records_before.append(int(lines_of_file[place.file]))
+        lines_of_file[place.file] += meta.lines
+    file_document = (np.cumsum(lines_of_file) - lines_of_file).tolist()
+    units = tuple(
+        UnitEntry(
+            directory=str(place.directory.absolute()),
+            source=place.source,
+            path=files[place.file].path,
+            documents=meta.documents,
+            tokens=meta.tokens,
+            file_document=file_document[place.file],
+            records_before=before,
+        )
+        for place, meta, before in zip(places, metas, records_before, strict=True)
+    )
+    return Corpus(units, num_sources)

@@ -1,0 +1,238 @@
+"""How a YAML config becomes a typed value, or one message that lists every mistake with its line.
+
+YAML 1.2 is read with ruamel.yaml: `no` and `on` are strings, `1e-5` is a number, a repeated key is an error, and
+nothing in a file can name a class or run code.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedBase, CommentedMap
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from llmt_shared.errors import ConfigError
+
+Model = TypeVar("Model", bound=BaseModel)
+Location = tuple[int | str, ...]
+
+
+class StrictModel(BaseModel):
+    """A piece of a config: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def load_config(path: Path, model: type[Model], overrides: Sequence[str] = ()) -> Model:
+    """Read and check a config file.
+
+    Args:
+        path: YAML file whose top level is a mapping.
+        model: what the file must say.
+        overrides: ``key.sub=value`` strings from the command line; values are read as YAML and win over the file.
+
+    Raises:
+        ConfigError: with one line per mistake: ``file:line: key: what is wrong; what was wanted``.
+    """
+    document = _read_yaml(path)
+    for override in overrides:
+        _apply_override(document, override)
+    try:
+        return model.model_validate(_plain(document), context={"base": path.parent})
+    except ValidationError as error:
+        overridden = {tuple(item.partition("=")[0].split(".")) for item in overrides}
+        lines = [_describe(path, document, model, mistake, overridden) for mistake in error.errors()]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _read_yaml(path: Path) -> CommentedMap:
+    try:
+        document = YAML(typ="rt", pure=True).load(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a folder; wanted a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); wanted YAML") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        problem = str(error.problem or error).splitlines()[0]
+        raise ConfigError(f"{path}:{line}: not valid YAML: {problem}") from None
+    except (YAMLError, ValueError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+    if document is None:
+        raise ConfigError(f"{path}:1: the file is empty; wanted keys and values")
+    if not isinstance(document, CommentedMap):
+        raise ConfigError(f"{path}:1: the top level is a {_kind(document)}; wanted keys and values, such as `seed: 42`")
+    return document
+
+
+def _apply_override(document: CommentedMap, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"command line: {override!r} is not an override; wanted key.sub=value, such as optim.lr=3e-4")
+    try:
+        value = YAML(typ="rt", pure=True).load(text)
+    except YAMLError:
+        raise ConfigError(f"command line: {key}: {text!r} is not valid YAML") from None
+    *parents, last = key.split(".")
+    node: Any = document
+    for depth, part in enumerate(parents):
+        if node.get(part) is None:
+            node[part] = CommentedMap()
+        node = node[part]
+        if not isinstance(node, CommentedMap):
+            above = ".".join(parents[: depth + 1])
+            raise ConfigError(f"command line: {key}: {above!r} is a {_kind(node)}; set {above} as a whole")
+    node[last] = value
+
+
+def _plain(node: Any) -> Any:
+    """The same data in Python's own types; ruamel's carry the layout of the file."""
+    if isinstance(node, Mapping):
+        return {(str(key) if isinstance(key, str) else key): _plain(value) for key, value in node.items()}
+    if isinstance(node, Sequence) and not isinstance(node, str):
+        return [_plain(item) for item in node]
+    for kind in (bool, int, float, str):
+        if isinstance(node, kind):
+            return kind(node)
+    return node
+
+
+def _describe(
+    path: Path, document: CommentedMap, model: type[BaseModel], mistake: Any, overridden: set[tuple[str, ...]]
+) -> str:
+    location = tuple(_in_document(document, mistake["loc"]))
+    if any(location[: len(key)] == key for key in overridden):
+        place = "command line"
+    else:
+        place = f"{path}:{_line(document, location)}"
+    key = ".".join(str(part) for part in location)
+    message = _message(model, location, mistake)
+    return f"{place}: {key}: {message}" if key else f"{place}: {message}"
+
+
+def _message(model: type[BaseModel], location: Location, mistake: Any) -> str:
+    kind, found = mistake["type"], mistake["input"]
+    if kind == "extra_forbidden":
+        known = sorted(_fields(model, location[:-1]))
+        return f"unknown key{_nearest(str(location[-1]), known)}; known here: {', '.join(known)}"
+    if kind == "missing":
+        return "missing; it is required"
+    if kind == "value_error":
+        return str(mistake["ctx"]["error"])
+    wanted = mistake["msg"].removeprefix("Input should be ").removeprefix("a ")
+    if kind in ("literal_error", "union_tag_invalid"):
+        choices = re.findall(r"'([^']*)'", str(mistake.get("ctx", {}).get("expected", "") or mistake["msg"]))
+        return f"{found!r} is not one of {', '.join(choices)}{_nearest(str(found), choices)}"
+    return f"found {_short(found)}; wanted {wanted}"
+
+
+def _in_document(document: Any, location: Location) -> Iterator[int | str]:
+    """The parts of pydantic's location that are keys of the file: it also names union members and validators."""
+    node = document
+    for depth, part in enumerate(location):
+        if isinstance(node, Mapping):
+            if part in node:
+                node = node[part]
+            elif depth != len(location) - 1:
+                continue
+        elif isinstance(node, Sequence) and not isinstance(node, str) and isinstance(part, int) and part < len(node):
+            node = node[part]
+        else:
+            return
+        yield part
+
+
+def _line(document: Any, location: Location) -> int:
+    """Line (from 1) of the deepest part of the location that the file holds."""
+    line, node = 1, document
+    for part in location:
+        if not isinstance(node, CommentedBase) or not isinstance(part, (int, str)):
+            break
+        try:
+            line = (node.lc.key(part) if isinstance(node, CommentedMap) else node.lc.item(part))[0] + 1
+            node = node[part]  # type: ignore[index]
+        except (KeyError, IndexError, TypeError):
+            break
+    return line
+
+
+def _fields(model: Any, location: Location) -> set[str]:
+    """Names of the keys that the model takes at a location, over all members of unions."""
+    models = _models(model)
+    for part in location:
+        inner: set[type[BaseModel]] = set()
+        for each in models:
+            if isinstance(part, str) and part in each.model_fields:
+                inner |= _models(each.model_fields[part].annotation)
+        models = inner or models
+    return {name for each in models for name in each.model_fields}
+
+
+def _models(annotation: Any) -> set[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return {annotation}
+    return {found for argument in get_args(annotation) for found in _models(argument)}
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "mapping"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return "list"
+    return "nothing" if value is None else type(value).__name__
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
+_BYTE_UNITS = {"": 1, "B": 1} | {
+    prefix + suffix: base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for suffix, base in (("", 1000), ("B", 1000), ("IB", 1024))
+}
+
+
+def _parse_quantity(value: object, units: Mapping[str, int], example: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError(f"found {_short(value)}; wanted a size, such as {example}")
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE]\+?[0-9]+)?)\s*([A-Za-z]*)\s*", value)
+        if match is None or match[2].upper() not in units:
+            raise ValueError(f"found {_short(value)}; wanted a size, such as {example}")
+        value = (
+            float(match[1]) * units[match[2].upper()]
+            if "." in match[1] or "e" in match[1].lower()
+            else (int(match[1]) * units[match[2].upper()])
+        )
+    if not math.isfinite(value) or value != int(value) or value < 0:
+        raise ValueError(f"found {_short(value)}; wanted a whole number >= 0, such as {example}")
+    return int(value)
+
+
+def parse_count(value: object) -> int:
+    """Read `20B`, `300M`, `4096`; raises ValueError for anything that is no whole number."""
+    return _parse_quantity(value, _UNITS, "20B, 300M or 4096")
+
+
+Count = Annotated[int, BeforeValidator(parse_count)]
+"""A number of tokens or documents: `20B` is 20 000 000 000."""
+
+Bytes = Annotated[int, BeforeValidator(lambda value: _parse_quantity(value, _BYTE_UNITS, "512MB or 2GiB"))]
+"""A size in bytes: `512MB` is 512 000 000, `512MiB` is 536 870 912."""

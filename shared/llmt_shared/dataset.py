@@ -1,0 +1,196 @@
+"""How a packed dataset is read: memory-mapped chunk files of plain Zarr v3 arrays, nothing copied before it is used.
+
+Chunks hold raw little-endian C-order data and a 4-byte CRC-32C (FORMAT.md), so a chunk file is mapped as it is. The
+CRC and the manifest's sha256 are what `llmt-prep verify` checks; opening compares names and sizes.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmt_shared.errors import FormatError
+from llmt_shared.manifest import Manifest, read_manifest, wrong_files
+from llmt_shared.segments import expand
+
+CODECS = [
+    {"name": "bytes", "configuration": {"endian": "little"}},
+    {"name": "crc32c"},
+]
+_MAX_OPEN = 128  # mapped chunk files per array; a map costs a file descriptor and a few kB
+
+
+class SegmentTable(NamedTuple):
+    """The segments of some rows, row by row; S of them."""
+
+    per_row: NDArray[np.int64]
+    """[R] segments of each row."""
+    length: NDArray[np.uint32]
+    """[S] tokens."""
+    offset: NDArray[np.uint32]
+    """[S] where in its document the segment starts, in tokens."""
+    document: NDArray[np.uint64]
+    """[S] first_document of its file (files.parquet) + record number."""
+    source: NDArray[np.uint16]
+    """[S] index into the manifest's sources."""
+
+
+class Row(NamedTuple):
+    """One row with everything that is derived from it; L tokens, P pieces (segments and the padding tail)."""
+
+    tokens: NDArray[np.integer]
+    segment_ids: NDArray[np.int32]
+    """[L]; 1, 2, ..; 0 is padding."""
+    position_ids: NDArray[np.int64]
+    cu_seqlens: NDArray[np.int32]
+    """[P + 1]; from 0 to L."""
+    labels: NDArray[np.int64]
+    """[L]; the next token inside the segment, else -100."""
+    segments: SegmentTable
+
+
+class ChunkedArray:
+    """One Zarr array, read in slices of its first axis; keeps a bounded number of chunk files mapped."""
+
+    def __init__(self, path: Path) -> None:
+        meta = _read_metadata(path)
+        self.path = path
+        self.shape = tuple(meta["shape"])
+        self.dtype = np.dtype(meta["data_type"]).newbyteorder("<")
+        self.chunk_shape = tuple(meta["chunk_grid"]["configuration"]["chunk_shape"])
+        self._chunk = lru_cache(maxsize=_MAX_OPEN)(self._map)
+
+    def __len__(self) -> int:
+        return int(self.shape[0])
+
+    def __getitem__(self, item: slice) -> NDArray[Any]:
+        """Return a copy of ``array[start:stop]``; a step is not supported."""
+        start, stop, step = item.indices(len(self))
+        if step != 1:
+            raise ValueError("only plain slices")
+        parts = []
+        while start < stop:
+            chunk, first = divmod(start, self.chunk_shape[0])
+            last = min(first + stop - start, self.chunk_shape[0])
+            parts.append(self._chunk(chunk)[first:last])
+            start += last - first
+        return np.concatenate(parts) if parts else np.empty((0, *self.shape[1:]), self.dtype)
+
+    def take(self, indices: Sequence[int] | NDArray[np.integer]) -> NDArray[Any]:
+        """Return ``array[indices]`` of the first axis, in the order asked for."""
+        out = np.empty((len(indices), *self.shape[1:]), self.dtype)
+        for place, index in enumerate(indices):
+            if not 0 <= index < len(self):
+                raise IndexError(f"{self.path.name}: {index} is not in 0 .. {len(self)}")
+            chunk, offset = divmod(int(index), self.chunk_shape[0])
+            out[place] = self._chunk(chunk)[offset]
+        return out
+
+    def _map(self, chunk: int) -> NDArray[Any]:
+        path = self.path / "c" / "/".join([str(chunk)] + ["0"] * (len(self.shape) - 1))
+        try:
+            # The view as a plain ndarray: memmap's own __getitem__ costs microseconds a row.
+            return np.asarray(np.memmap(path, self.dtype, "r", shape=self.chunk_shape))
+        except (OSError, ValueError) as error:
+            raise FormatError(f"{path}: cannot be mapped ({error}); run `llmt-prep verify`") from None
+
+
+class Split:
+    """The rows of one split."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._tokens = ChunkedArray(path / "tokens")
+        self.row_targets = ChunkedArray(path / "row_targets")
+        self._row_offsets = ChunkedArray(path / "row_offsets")
+        self._columns = [ChunkedArray(path / f"segment_{name}") for name in SegmentTable._fields[1:]]
+        self.num_rows, self.length = self._tokens.shape
+
+    def __len__(self) -> int:
+        return int(self.num_rows)
+
+    def __getitem__(self, row: int) -> Row:
+        tokens, table = self.tokens([row]), self.segments([row])
+        dense = expand(tokens, table.per_row, table.length)
+        return Row(tokens[0], dense.segment_ids, dense.position_ids, dense.cu_seqlens, dense.labels, table)
+
+    @property
+    def num_segments(self) -> int:
+        """Segments of all rows."""
+        return len(self._columns[0])
+
+    @property
+    def token_dtype(self) -> np.dtype[Any]:
+        """uint16, or uint32 where the tokenizer's largest id needs it."""
+        dtype: np.dtype[Any] = self._tokens.dtype
+        return dtype
+
+    def tokens(self, rows: Sequence[int] | NDArray[np.integer]) -> NDArray[Any]:
+        """[R, L] in the dtype on disk; padding is 0."""
+        return self._tokens.take(rows)
+
+    def segments(self, rows: Sequence[int] | NDArray[np.integer]) -> SegmentTable:
+        """Return the segments of some rows, in the order of ``rows``."""
+        borders = [self._row_offsets[int(row) : int(row) + 2].tolist() for row in rows]
+        if any(len(border) != 2 for border in borders):
+            raise IndexError(f"{self.path}: rows {list(rows)} are not all in 0 .. {self.num_rows}")
+        columns = [
+            np.concatenate([column[first:last] for first, last in borders] or [column[0:0]]) for column in self._columns
+        ]
+        return SegmentTable(np.array([last - first for first, last in borders], np.int64), *columns)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A finished dataset; `train` and `validation` read their files lazily."""
+
+    path: Path
+    manifest: Manifest
+    digest: str
+    """sha256 of MANIFEST.json: equal digests mean equal datasets, byte for byte."""
+    train: Split
+    validation: Split | None
+    """``None`` where nothing was held out."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the sources, in the order of `segment_source`'s indices."""
+        return self.manifest.sources
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """The tokenizer's files and chat template."""
+        return self.path / "tokenizer"
+
+
+def open_dataset(path: Path | str) -> Dataset:
+    """Open a finished dataset; compares names and sizes of all files with the manifest.
+
+    Raises:
+        FormatError: unfinished, of another format, or with files missing, truncated or oversized.
+    """
+    directory = Path(path)
+    manifest, digest = read_manifest(directory)
+    problems = wrong_files(directory, manifest)
+    if problems:
+        more = f"\n({len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise FormatError("\n".join(problems[:5]) + more + "\nCopy the dataset again or pack it again")
+    splits = {name: Split(directory / name) for name in manifest.splits}
+    return Dataset(directory, manifest, digest, splits["train"], splits.get("validation"))
+
+
+def _read_metadata(path: Path) -> dict[str, Any]:
+    try:
+        meta: dict[str, Any] = json.loads((path / "zarr.json").read_bytes())
+        codecs = [{key: value for key, value in codec.items() if value} for codec in meta["codecs"]]
+        known = codecs == CODECS and meta["chunk_grid"]["name"] == "regular"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"{path}/zarr.json: not a Zarr v3 array ({error}); run `llmt-prep verify`") from None
+    if not known:
+        raise FormatError(f"{path}: codecs {codecs}; wanted raw little-endian bytes with crc32c, as FORMAT.md says")
+    return meta

@@ -1,0 +1,119 @@
+"""What a finished dataset says of itself: MANIFEST.json, its digest, and the check that every file is there.
+
+The manifest is written last, so a directory without one is unfinished. It lists every file that the dataset's
+identity covers; `run.json` (what is true of one run only) is not among them.
+"""
+
+import hashlib
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, ValidationError
+
+from llmt_shared.config import StrictModel
+from llmt_shared.errors import FormatError
+
+FORMAT_VERSION = 1
+NAME = "MANIFEST.json"
+
+
+def _inside(path: str) -> str:
+    parts = PurePosixPath(path).parts
+    if not parts or path.startswith("/") or ".." in parts or "\\" in path:
+        raise ValueError(f"path {path!r} leaves the dataset's directory")
+    return path
+
+
+class FileEntry(StrictModel):
+    """One file of the dataset."""
+
+    path: Annotated[str, AfterValidator(_inside)]
+    """POSIX path relative to the dataset's directory, never outside it."""
+    bytes: int
+    sha256: str
+
+
+class TokenizerEntry(StrictModel):
+    """What training must know of the tokenizer without loading it."""
+
+    digest: str
+    """sha256 over the names and bytes of the files in `tokenizer/`."""
+    vocab_size: int
+    max_id: int
+    """Largest token id that the tokenizer can produce."""
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int | None
+
+
+class SplitEntry(StrictModel):
+    """Sizes of one split."""
+
+    rows: int
+    segments: int
+    tokens: int
+    """Real tokens, without padding."""
+    targets: int
+
+
+class Manifest(StrictModel):
+    """The whole of MANIFEST.json."""
+
+    format: Literal[1]
+    kind: Literal["pretrain"]
+    length: int
+    """L: tokens of a row."""
+    sources: tuple[str, ...]
+    """Names; `segment_source` holds indices into them."""
+    tokenizer: TokenizerEntry
+    recipe: str
+    """sha256 of everything that the bytes depend on: mix, input contents, tokenizer, versions of our algorithms."""
+    splits: dict[str, SplitEntry]
+    files: tuple[FileEntry, ...]
+
+
+def read_manifest(directory: Path) -> tuple[Manifest, str]:
+    """Return the manifest and the dataset digest (sha256 of the manifest file's bytes).
+
+    Raises:
+        FormatError: no manifest, or one that is not of this format.
+    """
+    path = directory / NAME
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise FormatError(_why_missing(directory)) from None
+    try:
+        manifest = Manifest.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise FormatError(
+            f"{path}: {key}: {first['msg']}; wanted a manifest of format {FORMAT_VERSION}. "
+            f"It was written by another version of llmt or damaged: pack again"
+        ) from None
+    return manifest, hashlib.sha256(content).hexdigest()
+
+
+def _why_missing(directory: Path) -> str:
+    if not directory.exists():
+        return f"{directory}: no such dataset; `llmt-prep pack --mix mix.yaml` makes one"
+    if (directory.parent / f"{directory.name}.staging").exists():
+        return f"{directory}: unfinished; run the same `llmt-prep pack` again to finish it"
+    return f"{directory}: holds no {NAME}, so it is no finished dataset; wanted the `output` of `llmt-prep pack`"
+
+
+def wrong_files(directory: Path, manifest: Manifest) -> list[str]:
+    """Names and sizes compared with the disk: one line for each missing, truncated or oversized file."""
+    problems = []
+    for entry in manifest.files:
+        path = directory / entry.path
+        try:
+            size = path.stat().st_size
+        except OSError:
+            problems.append(f"{path}: missing; the manifest lists it with {entry.bytes} bytes")
+            continue
+        if size != entry.bytes:
+            kind = "truncated" if size < entry.bytes else "oversized"
+            problems.append(f"{path}: {kind}: {size} bytes; the manifest says {entry.bytes}")
+    return problems

@@ -1,0 +1,147 @@
+"""A checkpoint is whole or not there; resuming as another run is refused."""
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+from llmt_shared.errors import ConfigError, FormatError, Stopped
+from llmt_train import checkpoints
+from llmt_train.checkpoints import State
+
+CONFIG = {"optim": {"lr": 0.1, "clip": 1.0}, "train": {"steps": 10, "seed": 1}, "save": {"every": 2}, "log": ["jsonl"]}
+MODEL = {"model_type": "llama", "hidden_size": 8, "transformers_version": "5.0"}
+
+
+def make_state(step: int, **changes: object) -> State:
+    return State(**({"step": step, "rows_consumed": 4 * step, "rows_per_step": 4, "digest": "d" * 64, "seed": 1} | changes))
+
+
+def save(run: Path, step: int) -> Path:
+    documents = {"config.yaml": CONFIG, "config.json": MODEL}
+    return checkpoints.save_checkpoint(run, make_state(step), documents, lambda path: path.write_bytes(b"weights"))
+
+
+def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
+    folder = save(tmp_path, 200)
+    assert folder.name == "step-00000200"
+    state = checkpoints.read_state(folder)
+    assert state.model_copy(update={"files": {}}) == make_state(200)
+    assert state.files[checkpoints.WEIGHTS] == 7
+    assert checkpoints.read_config(folder) == CONFIG
+    assert checkpoints.read_json(folder, "config.json") == MODEL
+    assert {"python", "versions", "device"} <= checkpoints.read_json(folder, "environment.json").keys()
+
+
+def test_the_newest_complete_checkpoint_is_found(tmp_path: Path) -> None:
+    assert checkpoints.newest_checkpoint(tmp_path) is None
+    save(tmp_path, 9)
+    newest = save(tmp_path, 10)
+    assert checkpoints.newest_checkpoint(tmp_path) == newest
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "no state", "bad state"])
+def test_a_torn_checkpoint_is_passed_over(tmp_path: Path, damage: str) -> None:
+    older, torn = save(tmp_path, 1), save(tmp_path, 2)
+    match damage:
+        case "truncate":
+            (torn / checkpoints.WEIGHTS).write_bytes(b"w")
+        case "remove":
+            (torn / "config.json").unlink()
+        case "no state":
+            (torn / "state.json").unlink()
+        case "bad state":
+            (torn / "state.json").write_text("{")
+    assert checkpoints.newest_checkpoint(tmp_path) == older
+
+
+def test_a_torn_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
+    (save(tmp_path, 1) / "state.json").unlink()
+    assert checkpoints.newest_checkpoint(tmp_path) is None
+    assert checkpoints.newest_checkpoint(tmp_path) == save(tmp_path, 1)
+
+
+def test_an_unfinished_folder_is_ignored_and_cleared(tmp_path: Path) -> None:
+    def die(path: Path) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save_checkpoint(tmp_path, make_state(3), {}, die)
+    assert checkpoints.newest_checkpoint(tmp_path) is None
+    folder = save(tmp_path, 4)
+    checkpoints.prune(tmp_path, 2)
+    assert list((tmp_path / "checkpoints").iterdir()) == [folder]
+
+
+def test_the_newest_stay(tmp_path: Path) -> None:
+    for step in (1, 2, 10, 11):
+        save(tmp_path, step)
+    checkpoints.prune(tmp_path, 2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000010", "step-00000011"]
+
+
+def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(tmp_path: Path) -> None:
+    older = save(tmp_path, 1)
+
+    def full(path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with pytest.raises(Stopped, match=r"step 2 .* No space left on device; step 1 is kept.*resume"):
+        checkpoints.save_checkpoint(tmp_path, make_state(2), {}, full)
+    assert list((tmp_path / "checkpoints").iterdir()) == [older]
+
+
+def test_a_path_means_itself_or_the_newest_of_its_run(tmp_path: Path) -> None:
+    older, newest = save(tmp_path, 1), save(tmp_path, 2)
+    assert checkpoints.find_checkpoint(tmp_path) == newest
+    assert checkpoints.find_checkpoint(older) == older
+    (older / checkpoints.WEIGHTS).unlink()
+    with pytest.raises(FormatError, match="missing or truncated"):
+        checkpoints.find_checkpoint(older)
+    with pytest.raises(FormatError, match="no complete checkpoint"):
+        checkpoints.find_checkpoint(tmp_path / "nowhere")
+
+
+def test_the_same_run_may_resume(tmp_path: Path) -> None:
+    checkpoints.check_resumable(save(tmp_path, 2), make_state(2), CONFIG, MODEL | {"transformers_version": "6.0"})
+
+
+def test_settings_that_change_no_result_may_change(tmp_path: Path) -> None:
+    config = CONFIG | {"save": {"every": 5}, "log": ["jsonl", "tensorboard"], "train": {"steps": 20, "seed": 1}}
+    checkpoints.check_resumable(save(tmp_path, 2), make_state(2), config, MODEL)
+
+
+@pytest.mark.parametrize(
+    ("state", "config", "model", "word"),
+    [
+        ({"digest": "e" * 64}, {}, {}, "dataset digest: 'dddddddddddddddd' in the checkpoint, 'eeeeeeeeeeeeeeee' now"),
+        ({"rows_per_step": 8}, {}, {}, "rows of a step: 4 in the checkpoint, 8 now"),
+        ({"rows_consumed": 7}, {}, {}, "rows consumed: 8 in the checkpoint, 7 now"),
+        ({}, {"train": {"steps": 10, "seed": 2}}, {}, "train.seed: 1 in the checkpoint, 2 now"),
+        ({}, {"optim": {"lr": 0.2, "clip": 1.0}}, {}, "optim.lr: 0.1 in the checkpoint, 0.2 now"),
+        ({}, {}, {"hidden_size": 16}, "model's hidden_size: 8 in the checkpoint, 16 now"),
+    ],
+)
+def test_another_run_may_not(tmp_path: Path, state: dict, config: dict, model: dict, word: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        checkpoints.check_resumable(save(tmp_path, 2), make_state(2, **state), CONFIG | config, MODEL | model)
+    assert word in str(caught.value)
+    assert "--force" in str(caught.value)
+
+
+def test_every_difference_is_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        checkpoints.check_resumable(save(tmp_path, 2), make_state(2, digest="e"), {}, MODEL | {"hidden_size": 1})
+    assert str(caught.value).count("in the checkpoint") == 5  # digest, lr, seed, hidden_size and what only one holds
+
+
+def test_a_damaged_config_is_named(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    (folder / "config.yaml").write_text("a: [")
+    (folder / "config.json").write_text(json.dumps(MODEL)[:-3])
+    with pytest.raises(FormatError, match="config.yaml"):
+        checkpoints.read_config(folder)
+    with pytest.raises(FormatError, match="config.json"):
+        checkpoints.read_json(folder, "config.json")

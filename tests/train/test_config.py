@@ -1,0 +1,104 @@
+"""run.yaml: what is accepted, and that a wrong one gives one message with every mistake and its line."""
+
+from pathlib import Path
+
+import pytest
+from llmt_shared.config import load_config
+from llmt_shared.errors import ConfigError
+from llmt_train.config import FromConfig, RunConfig, resolve_steps
+
+GOOD = """\
+task: pretrain
+model: {from_config: {model_type: llama, hidden_size: 32}}
+data: data/x
+output: runs/x
+batch: {tokens: 64K, micro_rows: 2}
+train: {steps: 10}
+optim: {lr: 3e-4, schedule: wsd, warmup: 3%, decay: 10}
+"""
+
+
+def load(tmp_path: Path, text: str, *overrides: str) -> RunConfig:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return load_config(path, RunConfig, overrides)
+
+
+def mistakes(tmp_path: Path, text: str, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text, *overrides)
+    return str(caught.value).replace(str(tmp_path) + "/", "").splitlines()
+
+
+def test_a_whole_config_is_read(tmp_path: Path) -> None:
+    config = load(tmp_path, GOOD)
+    assert config.model == FromConfig(from_config={"model_type": "llama", "hidden_size": 32})
+    assert config.batch.tokens == 64_000
+    assert (config.optim.lr, config.optim.warmup, config.optim.decay) == (3e-4, "3%", 10)
+
+
+def test_what_is_left_out_has_the_documented_default(tmp_path: Path) -> None:
+    config = load(tmp_path, GOOD)
+    assert (config.train.seed, config.precision, config.attention, config.log) == (42, "auto", "auto", ("jsonl",))
+    assert (config.eval.every, config.save.every, config.save.keep, config.optim.clip) == (None, 500, 3, 1.0)
+
+
+def test_an_override_wins_over_the_file(tmp_path: Path) -> None:
+    config = load(tmp_path, GOOD, "optim.lr=1e-5", "model=some/model", "optim.clip=null")
+    assert (config.optim.lr, config.model, config.optim.clip) == (1e-5, "some/model", None)
+
+
+def test_every_mistake_is_listed_with_its_line(tmp_path: Path) -> None:
+    text = """\
+task: sft
+model: {from_confg: {}}
+data: data/x
+batch: {tokens: -1, micro_row: 2}
+train: {steps: 10, epochs: 1}
+optim: {lr: 0, schedule: cosin, warmup: 300%}
+log: [jsonl, wandb]
+"""
+    lines = mistakes(tmp_path, text)
+    starts = [line.split(": ")[0:2] for line in lines]
+    assert ["run.yaml:1", "task"] in starts
+    assert ["run.yaml:1", "output"] in starts
+    assert ["run.yaml:4", "batch.tokens"] in starts
+    assert ["run.yaml:4", "batch.micro_row"] in starts
+    assert ["run.yaml:5", "train"] in starts
+    assert ["run.yaml:6", "optim.lr"] in starts
+    assert ["run.yaml:6", "optim.warmup"] in starts
+    assert ["run.yaml:7", "log.1"] in starts
+    assert any("from_confg" in line and "did you mean 'from_config'?" in line for line in lines)
+    assert any("did you mean 'cosine'?" in line for line in lines)
+    assert any("did you mean 'micro_rows'?" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("override", "word"),
+    [
+        ("optim.min_lr=1", "min_lr <= lr"),
+        ("train={}", "one of `epochs` and `steps`"),
+        ("optim.warmup=-1", "share of the run"),
+        ("optim.betas=[0.9, 1.0]", "less than 1"),
+        ("batch.tokens=1.5", "whole number"),
+        ("train.seed=-1", "greater than or equal to 0"),
+        ("model=''", "at least 1"),
+    ],
+)
+def test_a_value_that_cannot_work_is_refused(tmp_path: Path, override: str, word: str) -> None:
+    assert word in "\n".join(mistakes(tmp_path, GOOD, override))
+
+
+def test_decay_belongs_to_wsd_only(tmp_path: Path) -> None:
+    assert "decay belongs to schedule wsd" in "\n".join(mistakes(tmp_path, GOOD, "optim.schedule=cosine"))
+
+
+@pytest.mark.parametrize(("value", "steps"), [(7, 7), ("3%", 6), ("0%", 0), ("100%", 200), ("0.5 %", 1)])
+def test_a_share_is_of_the_whole_run(value: int | str, steps: int) -> None:
+    assert resolve_steps(value, 200) == steps
+
+
+def test_the_shipped_config_is_valid_and_short() -> None:
+    path = Path(__file__).parents[2] / "configs" / "train" / "pretrain.yaml"
+    assert load_config(path, RunConfig).task == "pretrain"
+    assert len(path.read_text().splitlines()) <= 25

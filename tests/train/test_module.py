@@ -1,0 +1,216 @@
+"""A step's gradient does not depend on how the step is split: through Lightning's own loop."""
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from train.tiny_models import VOCAB, packed, tiny
+
+from llmt_shared.segments import Spans
+from llmt_train.batch import collate
+from llmt_train.head import find_head
+from llmt_train.module import TrainModule
+from llmt_train.objectives import clm
+
+LENGTH = 24
+ROWS = [[24], [5, 7], [1, 1, 1], [10, 14], [2], [20, 3], [12, 12]]
+"""Very unequal targets: 23, 10, 0, 22, 1, 21, 22; an eighth row is left to padding."""
+
+
+def micro_batches(num_micro, targets):
+    """Rows 0 .. 7 in ``num_micro`` micro-batches; the last row is empty, so at 8 the last is a micro-batch of padding."""
+    tokens = np.random.default_rng(0).integers(3, VOCAB, (8, LENGTH))
+    rows, size = [*ROWS, []], 8 // num_micro
+    batches = []
+    for first in range(0, 8, size):
+        part = rows[first : first + size]
+        lengths = np.array([n for row in part for n in row], np.int64)
+        per_row = np.array([len(row) for row in part])
+        sources = np.array([(first + i) % 3 for i, row in enumerate(part) for _ in row], np.int64)
+        batches.append(collate(tokens[first : first + size], per_row, lengths, sources, None, {"targets": targets}))
+    return batches
+
+
+TARGETS = float(sum(max(n - 1, 0) for row in ROWS for n in row))
+
+
+class Recorder(pl.Callback):
+    """What Lightning is about to step with."""
+
+    def __init__(self):
+        self.gradients, self.losses, self.random = [], [], []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.gradients.append({name: p.grad.clone() for name, p in pl_module.model.named_parameters()})
+        self.losses.append(pl_module.step_loss.item())
+
+
+def make_module(model, seed=7, lr=0.0, **keywords):
+    return TrainModule(
+        model,
+        clm,
+        lambda m: torch.optim.SGD(m.parameters(), lr=lr),
+        lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0),
+        head=keywords.pop("head", find_head(model)),
+        seed=seed,
+        **keywords,
+    )
+
+
+def run(module, batches, accumulation, steps=1, **keywords):
+    recorder = Recorder()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=steps,
+        max_epochs=-1,
+        accumulate_grad_batches=accumulation,
+        callbacks=[recorder],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **keywords,
+    )
+    trainer.fit(module, batches)
+    return recorder
+
+
+def full_batch(model, batches):
+    """Plain autograd on the mean over all targets of all rows, without Lightning and without our head."""
+    total = 0
+    for batch in batches:
+        logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, segments=batch.segments()).logits[0]
+        total = total + torch.nn.functional.cross_entropy(logits, batch.labels[0], reduction="sum")
+    (total / TARGETS).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    return (total / TARGETS).item(), gradients
+
+
+def gradient_error(got, wanted):
+    """The largest over parameters of |g - g'| / max(|g|, 1e-3 of the largest norm), in 2-norms."""
+    floor = 1e-3 * max(g.norm() for g in wanted.values())
+    return max(((got[name] - g).norm() / torch.maximum(g.norm(), floor)).item() for name, g in wanted.items())
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4, 8])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_gradients_of_any_accumulation_equal_the_full_batchs(accumulation, family, dtype, tolerance):
+    model = tiny(family, dtype=dtype)
+    loss, wanted = full_batch(model, micro_batches(1, TARGETS))
+    recorder = run(make_module(model), micro_batches(accumulation, TARGETS), accumulation)
+    assert len(recorder.gradients) == 1
+    assert gradient_error(recorder.gradients[0], wanted) <= tolerance
+    assert recorder.losses[0] == pytest.approx(loss, rel=tolerance)
+
+
+def test_the_mean_per_micro_batch_would_be_wrong():
+    """The batches are unequal enough for these tests to see a wrong normalisation."""
+    model = tiny("llama", dtype=torch.float64)
+    _, wanted = full_batch(model, micro_batches(1, TARGETS))
+    own = [
+        b._replace(denominators={"targets": 4 * max(1.0, (b.labels >= 0).sum().item())}) for b in micro_batches(4, 1.0)
+    ]
+    assert gradient_error(run(make_module(model), own, 4).gradients[0], wanted) > 0.1
+
+
+def test_the_models_own_logits_give_the_same_gradients():
+    model = tiny("llama", dtype=torch.float64)
+    _, wanted = full_batch(model, micro_batches(1, TARGETS))
+    recorder = run(make_module(model, head=None), micro_batches(8, TARGETS), 8)
+    assert gradient_error(recorder.gradients[0], wanted) <= 1e-10
+
+
+def test_the_loss_of_every_step_is_its_own():
+    model = tiny("llama", dtype=torch.float64)
+    loss, _ = full_batch(model, micro_batches(1, TARGETS))
+    recorder = run(make_module(model), micro_batches(4, TARGETS) * 3, 4, steps=3)
+    assert recorder.losses == pytest.approx([loss] * 3, rel=1e-12)
+
+
+def test_training_lowers_the_loss():
+    module = make_module(tiny("llama"), lr=0.5)
+    losses = run(module, micro_batches(4, TARGETS) * 8, 4, steps=8).losses
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_spans_and_accumulation_agree_with_the_full_batch():
+    """As in a chat: most tokens are no targets."""
+    tokens = np.random.default_rng(0).integers(3, VOCAB, (2, LENGTH))
+    spans = [Spans(np.array([3, 15]), np.array([4, 2])), Spans(np.array([1]), np.array([1]))]
+    model, results = tiny("llama", dtype=torch.float64), []
+    halves = [
+        collate(tokens[i : i + 1], np.array([2]), np.array([10, 12]), np.zeros(2), spans[i], {"targets": 7.0})
+        for i in (0, 1)
+    ]
+    both = Spans(np.append(spans[0].start, spans[1].start + LENGTH), np.append(spans[0].length, spans[1].length))
+    whole = collate(tokens, np.array([2, 2]), np.array([10, 12] * 2), np.zeros(4), both, {"targets": 7.0})
+    for batches in ([whole], halves):
+        results.append(run(make_module(model), batches, len(batches)))
+    assert gradient_error(results[1].gradients[0], results[0].gradients[0]) <= 1e-10
+
+
+DROPOUT = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
+
+
+def test_dropout_is_a_function_of_seed_and_place():
+    batches = micro_batches(2, TARGETS) * 3
+    first, again = (run(make_module(tiny("gpt2", **DROPOUT)), batches, 2, steps=3).losses for _ in range(2))
+    other = run(make_module(tiny("gpt2", **DROPOUT), seed=8), batches, 2, steps=3).losses
+    assert first == again
+    assert first != other
+    assert len(set(first)) == 3  # lr is 0 and the data repeats: only dropout differs from step to step
+
+
+def test_dropout_differs_between_the_micro_batches_of_a_step():
+    batch = micro_batches(1, TARGETS)[0]
+    module = make_module(tiny("gpt2", **DROPOUT))
+    one = run(module, [batch], 1).losses[0]
+    two = run(module, [batch, batch], 2).losses[0]
+    assert two != pytest.approx(2 * one, rel=1e-6)
+
+
+@pytest.mark.parametrize("head_is_known", [True, False])
+def test_evaluation_sums_over_tokens_by_source(head_is_known):
+    model = tiny("llama", dtype=torch.float64)
+    head = find_head(model) if head_is_known else None
+    sums = []
+    for num_micro in (1, 8):
+        module = make_module(model, num_sources=3, head=head)
+        module.on_validation_epoch_start()
+        for index, batch in enumerate(micro_batches(num_micro, 1.0)):
+            module.validation_step(batch, index)
+        sums.append(module.eval_sums)
+    assert sums[0][:, 1].tolist() == [23 + 22 + 22, 10 + 1, 0 + 21]
+    torch.testing.assert_close(sums[1], sums[0], rtol=1e-12, atol=0)
+    loss, _ = full_batch(model, micro_batches(1, TARGETS))
+    assert (sums[0][:, 0].sum() / TARGETS).item() == pytest.approx(loss, rel=1e-12)
+
+
+def test_lightnings_own_validation_runs_without_gradients_and_in_evaluation_mode():
+    module = make_module(tiny("gpt2", **DROPOUT), num_sources=3)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    batches = micro_batches(2, TARGETS)
+    sums = []
+    for _ in range(2):
+        trainer.validate(module, batches, verbose=False)
+        sums.append(module.eval_sums)
+    assert torch.equal(sums[0], sums[1])
+    assert module.model.training
+
+
+def test_bf16_autocast_is_near_fp32():
+    model = tiny("qwen3")
+    loss, wanted = full_batch(model, micro_batches(1, TARGETS))
+    recorder = run(make_module(model), micro_batches(2, TARGETS), 2, precision="bf16-mixed")
+    assert recorder.losses[0] == pytest.approx(loss, rel=1e-3)
+    assert {g.dtype for g in recorder.gradients[0].values()} == {torch.float32}
+    assert gradient_error(recorder.gradients[0], wanted) <= 0.1
+
+
+def test_a_batch_of_padding_alone_gives_an_exact_zero_that_reaches_every_parameter():
+    recorder = run(make_module(tiny("gpt2", **DROPOUT)), [packed([[]], LENGTH, targets=5.0)], 1)
+    assert recorder.losses == [0.0]
+    assert not any(g.any() for g in recorder.gradients[0].values())

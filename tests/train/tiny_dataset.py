@@ -1,0 +1,96 @@
+"""A small dataset on disk, written by hand as FORMAT.md says, for tests of training that need no packing."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from llmt_shared.manifest import FileEntry, Manifest, SplitEntry, TokenizerEntry
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+WORDS = 40
+SOURCES = ("web", "code")
+
+
+def write_dataset(
+    path: Path, *, length: int = 16, num_rows: int = 24, validation_rows: int = 4, seed: int = 0, words: int = WORDS
+) -> Path:
+    """Rows of random segments over two sources; token k is the word ``wk``, the last one is ``</s>``."""
+    tokenizer = write_tokenizer(path / "tokenizer", words)
+    random = np.random.default_rng(seed)
+    splits = {"train": _write_split(path / "train", random, num_rows, length, words)}
+    if validation_rows:
+        splits["validation"] = _write_split(path / "validation", random, validation_rows, length, words)
+    names = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
+    manifest = Manifest(
+        format=1, kind="pretrain", length=length, sources=SOURCES, tokenizer=tokenizer, recipe="none", splits=splits,
+        files=tuple(_entry(path, name) for name in names),
+    )  # fmt: skip
+    (path / "MANIFEST.json").write_text(manifest.model_dump_json(indent=1))
+    return path
+
+
+def write_tokenizer(path: Path, words: int = WORDS) -> TokenizerEntry:
+    path.mkdir(parents=True, exist_ok=True)
+    vocabulary = {f"w{index}": index for index in range(words - 2)} | {"<unk>": words - 2, "</s>": words - 1}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "unk_token": "<unk>"}))
+    (path / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    return TokenizerEntry(
+        digest="none", vocab_size=words, max_id=words - 1, bos_id=None, eos_id=words - 1, pad_id=None
+    )
+
+
+def _write_split(path: Path, random: np.random.Generator, num_rows: int, length: int, words: int) -> SplitEntry:
+    tokens = np.zeros((num_rows, length), np.uint16)
+    lengths: list[int] = []
+    offsets, targets = [0], []
+    for row in tokens:
+        sizes = _cut(random, length)
+        # Words follow one another, so that there is something to learn.
+        row[: sum(sizes)] = (random.integers(words) + np.arange(sum(sizes))) % words
+        lengths += sizes
+        offsets.append(len(lengths))
+        targets.append(sum(size - 1 for size in sizes))
+    number = np.arange(len(lengths))
+    _write(path / "tokens", tokens)
+    _write(path / "row_offsets", np.array(offsets, np.int64))
+    _write(path / "row_targets", np.array(targets, np.uint32))
+    _write(path / "segment_length", np.array(lengths, np.uint32))
+    _write(path / "segment_offset", np.zeros(len(lengths), np.uint32))
+    _write(path / "segment_document", number.astype(np.uint64))
+    _write(path / "segment_source", (number % len(SOURCES)).astype(np.uint16))
+    return SplitEntry(rows=num_rows, segments=len(lengths), tokens=sum(lengths), targets=sum(targets))
+
+
+def _cut(random: np.random.Generator, length: int) -> list[int]:
+    sizes: list[int] = []
+    while (free := length - sum(sizes)) > 2 and len(sizes) < 4:
+        sizes.append(int(random.integers(1, free + 1)))
+    return sizes
+
+
+def _write(path: Path, array: NDArray) -> None:
+    """One chunk: the raw array and four bytes of a checksum, which only `llmt-prep verify` reads."""
+    chunk = path / "c" / "/".join(["0"] * array.ndim)
+    chunk.parent.mkdir(parents=True)
+    chunk.write_bytes(array.tobytes() + bytes(4))
+    (path / "zarr.json").write_text(json.dumps(_metadata(array.shape, array.dtype.name)))
+
+
+def _metadata(shape: Sequence[int], data_type: str) -> dict:
+    return {
+        "zarr_format": 3, "node_type": "array", "shape": list(shape), "data_type": data_type,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(shape)}},
+        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+    }  # fmt: skip
+
+
+def _entry(path: Path, name: str) -> FileEntry:
+    content = (path / name).read_bytes()
+    return FileEntry(path=name, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())

@@ -1,0 +1,1 @@
+"""Stage two: streams packed shards into Lightning models."""

@@ -1,0 +1,88 @@
+"""The micro-batch: some packed rows laid end to end as one row of N tokens, with everything a model and a loss need.
+
+Shape legend: R rows, L tokens in a row, N = R * L, S segments, P pieces (segments and padding tails).
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llmt_shared.segments import Spans, expand
+from llmt_train.attention import Segments
+
+
+class PackedBatch(NamedTuple):
+    """One micro-batch. A named tuple, because Lightning may rebuild what it moves or casts."""
+
+    input_ids: Tensor
+    """[1, N] int64."""
+    labels: Tensor
+    """[1, N] int64; already shifted: the label at t is token t + 1 of the same segment, else -100."""
+    position_ids: Tensor
+    """[1, N] int64; restarts at 0 with every piece."""
+    cu_seqlens: Tensor
+    """[P + 1] int32; borders of the pieces, from 0 to N."""
+    max_seqlen: int
+    """Tokens of the longest piece."""
+    lengths: tuple[int, ...]
+    """P lengths of the pieces, on the host: reading them from ``cu_seqlens`` would wait for the device."""
+    segment_ids_flat: Tensor
+    """[N] int32; the piece of each token, 0-based over the whole micro-batch: index of per-segment sums."""
+    segment_source: Tensor
+    """[P] int64; index of the piece's source; -1 for a padding tail."""
+    denominators: dict[str, float]
+    """What the losses are divided by, each > 0, counted over the WHOLE optimizer step: ``targets`` for clm."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedBatch":
+        """Return the same micro-batch with its tensors on a device (Lightning calls this)."""
+        moved: dict[str, Any] = {
+            name: x.to(device, non_blocking=non_blocking) for name, x in self._asdict().items() if isinstance(x, Tensor)
+        }
+        return self._replace(**moved)
+
+    def segments(self, backend: str = "auto", deterministic: bool = False) -> Segments:
+        """Return what attention reads: the borders of the pieces, and by which backend they are to be kept apart."""
+        return Segments(self.lengths, self.cu_seqlens, self.segment_ids_flat, self.max_seqlen, backend, deterministic)
+
+
+def collate(
+    tokens: NDArray[np.integer],
+    segments_per_row: NDArray[np.integer],
+    lengths: NDArray[np.integer],
+    sources: NDArray[np.integer],
+    spans: Spans | None,
+    denominators: dict[str, float],
+) -> PackedBatch:
+    """Lay rows end to end.
+
+    Args:
+        tokens: [R, L], R >= 1.
+        segments_per_row: [R]; their sum is S. All 0 makes a micro-batch of padding only, which has no label.
+        lengths: [S] tokens of each segment, row by row.
+        sources: [S] index of each segment's source.
+        spans: the targets, counted from the first of the N tokens; ``None`` means every token.
+        denominators: of the whole optimizer step; see ``PackedBatch``.
+
+    Raises:
+        ValueError: the lengths do not fit the rows.
+    """
+    ids = tokens.astype(np.int64)
+    dense = expand(ids, segments_per_row, lengths, spans)
+    piece_lengths = np.diff(dense.cu_seqlens)
+    is_segment = dense.segment_ids[dense.cu_seqlens[:-1]] > 0
+    piece_source = np.full(len(piece_lengths), -1, np.int64)
+    piece_source[is_segment] = sources
+    return PackedBatch(
+        input_ids=torch.from_numpy(ids.reshape(1, -1)),
+        labels=torch.from_numpy(dense.labels[None]),
+        position_ids=torch.from_numpy(dense.position_ids[None]),
+        cu_seqlens=torch.from_numpy(dense.cu_seqlens),
+        max_seqlen=int(piece_lengths.max()),
+        lengths=tuple(piece_lengths.tolist()),
+        segment_ids_flat=torch.from_numpy(np.repeat(np.arange(len(piece_lengths), dtype=np.int32), piece_lengths)),
+        segment_source=torch.from_numpy(piece_source),
+        denominators=denominators,
+    )

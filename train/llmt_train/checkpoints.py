@@ -1,0 +1,271 @@
+"""Checkpoints on disk: `checkpoints/step-00000200/`, whole or not there, and what must not change to resume from one.
+
+A checkpoint is written under a temporary name, put on the disk and renamed, so a kill leaves the one before it. It
+holds Lightning's file (tensors and plain containers: it loads with `weights_only=True`), the resolved config, the
+model's config.json, the versions it was made with, and `state.json`, which also lists the sizes of the others.
+"""
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from llmt_shared.config import StrictModel
+from llmt_shared.errors import ConfigError, FormatError, Stopped
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+WEIGHTS = "lightning.ckpt"
+"""Lightning's file: weights, optimizer state, schedule, counts."""
+RUN_CONFIG = "config.yaml"
+"""The run's resolved config."""
+MODEL_CONFIG = "config.json"
+"""The model's Hugging Face config."""
+_FOLDER = "checkpoints"
+_MAY_CHANGE = ("output", "data", "eval", "save", "log", "precision", "attention", "batch.micro_rows", "optim.clip")
+_MAY_GROW = ("train.steps", "train.epochs")
+
+
+class State(StrictModel):
+    """state.json: where a run stands. The order of rows is a function of these, so resuming needs nothing else."""
+
+    step: int
+    """Optimizer steps done."""
+    rows_consumed: int
+    """Rows that these steps took."""
+    rows_per_step: int
+    digest: str
+    """The dataset's."""
+    seed: int
+    files: dict[str, int] = {}
+    """Name and bytes of every other file of the checkpoint."""
+
+
+def save_checkpoint(
+    run_dir: Path, state: State, documents: dict[str, dict[str, Any]], write: Callable[[Path], None]
+) -> Path:
+    """Write one checkpoint and return its folder.
+
+    Args:
+        run_dir: the run's output folder.
+        state: its ``files`` are filled in here.
+        documents: plain data to lie beside the weights, by file name: YAML or JSON.
+        write: writes the trainer's checkpoint to a path.
+
+    Raises:
+        Stopped: the disk is full; the checkpoints before this one are untouched.
+    """
+    final = run_dir / _FOLDER / f"step-{state.step:08d}"
+    temporary = final.with_name(f".{final.name}.partial")
+    try:
+        _clear(temporary)
+        temporary.mkdir(parents=True)
+        write(temporary / WEIGHTS)
+        for name, document in (documents | {"environment.json": environment()}).items():
+            (_write_yaml if name.endswith(".yaml") else _write_json)(temporary / name, document)
+        sizes = {path.name: path.stat().st_size for path in temporary.iterdir()}
+        _write_json(temporary / "state.json", state.model_copy(update={"files": sizes}).model_dump())
+        _sync(temporary)
+        _clear(final)  # one of the same step is there only if it was found torn
+        temporary.rename(final)
+        _sync_folder(final.parent)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise Stopped(_why_unsaved(run_dir, state.step, error)) from None
+    return final
+
+
+def _why_unsaved(run_dir: Path, step: int, error: OSError) -> str:
+    newest = newest_checkpoint(run_dir)
+    kept = f"step {read_state(newest).step} is kept" if newest else "no earlier one exists"
+    return (
+        f"{run_dir}: checkpoint of step {step} could not be written: {error.strerror or error}; {kept}. "
+        f"Make room and run the same command again to resume"
+    )
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """Return the newest complete checkpoint of a run; torn ones (killed, truncated) are passed over."""
+    folders = sorted((run_dir / _FOLDER).glob("step-*"), reverse=True)
+    return next((folder for folder in folders if _is_complete(folder)), None)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Return the checkpoint that a path means: itself, or the newest one of a run.
+
+    Raises:
+        FormatError: neither; or one with files missing or truncated.
+    """
+    if (path / "state.json").exists():
+        if not _is_complete(path):
+            raise FormatError(f"{path}: files of this checkpoint are missing or truncated; use another step's")
+        return path
+    newest = newest_checkpoint(path)
+    if newest is None:
+        raise FormatError(f"{path}: no complete checkpoint; wanted the `output` of `llmt-train fit` or a step-* folder")
+    return newest
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        files = read_state(folder).files
+        return WEIGHTS in files and all((folder / name).stat().st_size == size for name, size in files.items())
+    except (OSError, FormatError):
+        return False
+
+
+def read_state(folder: Path) -> State:
+    """Return a checkpoint's state.
+
+    Raises:
+        FormatError: state.json is missing or damaged.
+    """
+    try:
+        return State.model_validate_json((folder / "state.json").read_bytes())
+    except (OSError, ValidationError) as error:
+        raise FormatError(f"{folder}/state.json: {str(error).splitlines()[0]}") from None
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """Return one of a checkpoint's JSON files.
+
+    Raises:
+        FormatError: it is missing or damaged.
+    """
+    try:
+        content: dict[str, Any] = json.loads((folder / name).read_bytes())
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{folder / name}: {error}") from None
+    return content
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return a checkpoint's resolved run config, as plain data.
+
+    Raises:
+        FormatError: config.yaml is missing or damaged.
+    """
+    try:
+        config: dict[str, Any] = YAML(typ="safe", pure=True).load((folder / RUN_CONFIG).read_text())
+    except (OSError, YAMLError) as error:
+        raise FormatError(f"{folder}/{RUN_CONFIG}: {str(error).splitlines()[0]}") from None
+    return config
+
+
+def prune(run_dir: Path, keep: int) -> None:
+    """Remove all but the ``keep`` newest checkpoints, and what killed runs left of unfinished ones."""
+    folders = sorted((run_dir / _FOLDER).glob("step-*"), reverse=True)
+    for folder in [*folders[keep:], *(run_dir / _FOLDER).glob(".step-*.partial")]:
+        shutil.rmtree(folder)
+
+
+def check_resumable(
+    folder: Path, state: State, config: Mapping[str, Any], model_config: Mapping[str, Any]
+) -> None:
+    """Refuse to go on from a checkpoint with settings that would make it another run.
+
+    Args:
+        folder: the checkpoint.
+        state: where a run with the new settings would stand after the same steps.
+        config: the new run config, as plain data.
+        model_config: the new model's config, as plain data.
+
+    Raises:
+        ConfigError: naming each setting with its old and new value.
+    """
+    old = read_state(folder)
+    differences = [
+        *_difference("dataset digest", old.digest[:16], state.digest[:16]),
+        *_difference("rows of a step", old.rows_per_step, state.rows_per_step),
+        *_difference("rows consumed", old.rows_consumed, state.rows_consumed),  # its last step may have been short
+        *_changed_settings(read_config(folder), config),
+    ]
+    before, now = _comparable(read_json(folder, MODEL_CONFIG)), _comparable(model_config)
+    for key in sorted(before.keys() | now.keys()):
+        differences += _difference(f"model's {key}", before.get(key), now.get(key))
+    if differences:
+        raise ConfigError(
+            f"{folder}: cannot resume, because this is another run now:\n  " + "\n  ".join(differences) + "\n"
+            "Restore these settings, choose another `output`, or start over with --force"
+        )
+
+
+def _changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    old, new = _flat(before), _flat(now)
+    changed = []
+    for key in sorted(old.keys() | new.keys()):
+        if any(key == free or key.startswith(f"{free}.") for free in (*_MAY_CHANGE, *_MAY_GROW)):
+            continue
+        changed += _difference(key, old.get(key), new.get(key))
+    return changed
+
+
+def _difference(name: str, before: object, now: object) -> list[str]:
+    return [] if before == now else [f"{name}: {before!r} in the checkpoint, {now!r} now"]
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _comparable(model_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's config without what says nothing of its weights."""
+    skipped = ("transformers_version", "_name_or_path", "dtype", "use_cache")
+    return {key: value for key, value in json.loads(json.dumps(model_config)).items() if key not in skipped}
+
+
+def environment() -> dict[str, Any]:
+    """Return the versions that a checkpoint was made with."""
+    import torch
+
+    names = ("llmt", "torch", "lightning", "transformers", "tokenizers", "numpy")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    versions = {name: _version(name) for name in names}
+    return {"python": platform.python_version(), "platform": platform.platform(), "device": device, "versions": versions}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n")
+
+
+def _write_yaml(path: Path, data: Mapping[str, Any]) -> None:
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False
+    with path.open("w") as file:
+        yaml.dump(data, file)
+
+
+def _clear(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,109 @@
+"""`llmt-train`: train on a packed dataset, export to Hugging Face. Heavy imports live inside the commands."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from llmt_shared.command import run
+
+app = typer.Typer(
+    help="Train language models on datasets that `llmt-prep pack` wrote.",
+    epilog="Exit codes: 0 ok, 1 failure, 2 usage or config, 3 bad data on disk, 4 stopped and resumable, "
+    "130 second Ctrl-C. --traceback shows where an error came from.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+Force = Annotated[bool, typer.Option("--force", help="Remove what is there from an earlier call and start over.")]
+
+
+def main() -> None:
+    """Console script."""
+    run(app, extra="train")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"llmt {version('llmt')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """What every command takes."""
+
+
+@app.command(
+    epilog="Examples:  llmt-train fit --config run.yaml  |  llmt-train fit --config run.yaml optim.lr=3e-4 train.steps=50"
+)
+def fit(
+    config: Annotated[Path, typer.Option(help="Run file; `llmt-train schema` says what it may hold.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Settings that win over the file's.")
+    ] = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train; running the same command again resumes from the newest checkpoint."""
+    from llmt_shared.config import load_config
+
+    from llmt_train.config import RunConfig
+
+    settings = load_config(config, RunConfig, overrides or [])  # a typing mistake must not wait for torch
+    from dataclasses import asdict
+
+    from llmt_train.fit import fit as fit_run
+
+    result = fit_run(settings, force=force)
+    if as_json:
+        typer.echo(json.dumps(asdict(result)))
+        return
+    held_out = "" if result.eval_loss is None else f", held out {result.eval_loss:.4f}"
+    typer.echo(f"{result.steps} steps, {result.tokens:,} tokens: loss {result.loss:.4f}{held_out} -> {result.checkpoint}")
+
+
+@app.command(epilog="Example:  llmt-train export runs/pt exported/pt --check")
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Output folder of a run (its newest checkpoint), or a checkpoint.")],
+    directory: Annotated[Path, typer.Argument(help="Folder to write; must be new or empty.")],
+    check: Annotated[
+        bool, typer.Option("--check", help="Load the result with plain transformers and compare its logits with ours.")
+    ] = False,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a checkpoint as a Hugging Face model: safetensors, config, tokenizer and chat template."""
+    from dataclasses import asdict
+
+    from llmt_train.export import export as export_model
+
+    result = export_model(checkpoint, directory, check=check, force=force)
+    if as_json:
+        typer.echo(json.dumps(asdict(result)))
+        return
+    checked = "" if result.largest_difference is None else f", logits differ by at most {result.largest_difference:.2e}"
+    typer.echo(f"{result.checkpoint}: {result.bytes:,} bytes of weights{checked} -> {result.directory}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of run.yaml."""
+    from llmt_train.config import RunConfig
+
+    json.dump(RunConfig.model_json_schema(), sys.stdout, indent=2)
+    typer.echo()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""What run.yaml may say. Every key is data: a number, a name or a path; nothing here names a class or runs code."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Lt, MinLen
+from llmt_shared.config import Count, StrictModel
+from pydantic import AfterValidator, Discriminator, Tag, model_validator
+
+
+def _steps_or_share(value: int | str) -> int | str:
+    if isinstance(value, int):
+        if value < 0:
+            raise ValueError(f"found {value}; wanted steps >= 0, or a share of the run such as 3%")
+        return value
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?%", value)
+    if match is None or float(match[1]) > 100:
+        raise ValueError(f"found {value!r}; wanted a number of steps, or a share of the run such as 3%")
+    return value
+
+
+Steps = Annotated[int | str, AfterValidator(_steps_or_share)]
+"""Optimizer steps, or a share of the run's steps written as `3%`."""
+
+PositiveInt = Annotated[int, Gt(0)]
+
+
+class FromConfig(StrictModel):
+    """A model with fresh weights."""
+
+    from_config: Annotated[dict[str, Any], MinLen(1)]
+    """`model_type` and any keys of that family's Hugging Face config; token ids left out are the dataset's."""
+
+
+Model = Annotated[
+    Annotated[str, MinLen(1), Tag("text")] | Annotated[FromConfig, Tag("from_config")],
+    Discriminator(lambda value: "text" if isinstance(value, str) else "from_config"),
+]
+
+
+class BatchConfig(StrictModel):
+    """How many rows one optimizer step and one forward pass take."""
+
+    tokens: Annotated[Count, Gt(0)]
+    """Tokens of an optimizer step, padding included: a multiple of the dataset's row length."""
+    micro_rows: PositiveInt = 1
+    """Rows of one forward and backward pass; more use more memory. The step's rows need not divide by it."""
+
+
+class TrainConfig(StrictModel):
+    """How long to train, and the seed of everything random in training."""
+
+    epochs: Annotated[float, Gt(0)] | None = None
+    """Passes over the training rows; excludes `steps`."""
+    steps: PositiveInt | None = None
+    """Optimizer steps; excludes `epochs`."""
+    seed: Annotated[int, Ge(0)] = 42
+    """Decides the order of rows, fresh weights and dropout."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainConfig":
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("wanted one of `epochs` and `steps`")
+        return self
+
+
+class OptimConfig(StrictModel):
+    """AdamW (Loshchilov and Hutter 2019) and its learning rate over the run."""
+
+    lr: Annotated[float, Gt(0)]
+    """Largest learning rate."""
+    betas: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.9, 0.95)
+    """Decay of the running means of the gradient and of its square, per step."""
+    eps: Annotated[float, Gt(0)] = 1e-8
+    weight_decay: Annotated[float, Ge(0)] = 0.1
+    """Times the learning rate, per step; norms, biases and embeddings are never decayed."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """Shape after the warm-up; wsd (warm-up, stable, decay) stays at `lr` until its `decay` begins."""
+    warmup: Steps = 0
+    """Steps (or share of the run) over which the learning rate rises linearly to `lr`."""
+    decay: Steps | None = None
+    """wsd only: the last steps (or share of the run), over which the rate falls linearly; 20% if not given."""
+    min_lr: Annotated[float, Ge(0)] = 0.0
+    """Learning rate that the schedule falls to at the end of the run."""
+    clip: Annotated[float, Gt(0)] | None = 1.0
+    """Largest 2-norm of the whole gradient; a larger one is scaled down to it. `null` never clips."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "OptimConfig":
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}; wanted min_lr <= lr")
+        if self.decay is not None and self.schedule != "wsd":
+            raise ValueError(f"decay belongs to schedule wsd, not to {self.schedule}; remove `decay`")
+        return self
+
+
+class EvalConfig(StrictModel):
+    """When the validation split is evaluated, per source and in total."""
+
+    every: PositiveInt | None = None
+    """Steps between evaluations; there is one before the first step and one after the last in any case."""
+
+
+class SaveConfig(StrictModel):
+    """When checkpoints are written, and how many stay."""
+
+    every: PositiveInt = 500
+    """Steps between checkpoints; there is one after the last step in any case."""
+    keep: PositiveInt = 3
+    """Newest checkpoints that stay on disk."""
+
+
+class RunConfig(StrictModel):
+    """The whole of run.yaml. Paths are relative to the working directory."""
+
+    task: Literal["pretrain"]
+    """Loss: next-token prediction on every token of every document."""
+    model: Model
+    """Hugging Face folder or hub id, or `{from_config: {model_type: ..., ...}}` for fresh weights."""
+    data: Path
+    """Dataset: the `output` of `llmt-prep pack`."""
+    output: Path
+    """Folder of this run: checkpoints, metrics.jsonl, tokenizer. Running again resumes from here."""
+    batch: BatchConfig
+    train: TrainConfig
+    optim: OptimConfig
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Arithmetic of the model; weights and optimizer state are fp32 in any case. auto: bf16 on a GPU that has it."""
+    attention: Literal["auto", "flash3", "flash2", "varlen", "flex", "sdpa"] = "auto"
+    """Attention kernel; auto is the first of these that serves the model on this machine."""
+    eval: EvalConfig = EvalConfig()
+    save: SaveConfig = SaveConfig()
+    log: tuple[Literal["jsonl", "tensorboard"], ...] = ("jsonl",)
+    """metrics.jsonl is written always."""
+
+
+def resolve_steps(value: int | str, total: int) -> int:
+    """Return a number of steps from a number or a share such as ``3%`` of ``total`` steps, rounded."""
+    return value if isinstance(value, int) else round(float(value.rstrip("% ")) / 100 * total)

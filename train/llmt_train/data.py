@@ -1,0 +1,174 @@
+"""From a dataset's rows to the micro-batches of a run: which rows, in which order, and one thread that reads ahead.
+
+The order is `llmt_shared.order`'s: a pure function of the seed and of how many rows were consumed. A step takes
+`rows_per_step` rows from the endless concatenation of epochs; only the run's last step may be short. Every step is
+cut into the same number of micro-batches; one that is left without rows is a row of padding and adds exactly 0.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Generic, NamedTuple, TypeVar
+
+import numpy as np
+from llmt_shared.dataset import Split
+from llmt_shared.errors import ConfigError, DataError
+from llmt_shared.order import endless_rows
+from numpy.typing import NDArray
+
+from llmt_train.batch import PackedBatch, collate
+from llmt_train.config import BatchConfig, TrainConfig
+
+Item = TypeVar("Item")
+
+
+class Plan(NamedTuple):
+    """The arithmetic of a run: how its rows fall into steps and micro-batches."""
+
+    num_rows: int
+    """Rows of the training split."""
+    length: int
+    """L: tokens of a row."""
+    rows_per_step: int
+    micro_rows: int
+    """Rows of a micro-batch; the last one of a step may have fewer."""
+    accumulation: int
+    """Micro-batches of every step."""
+    total_rows: int
+    """Rows that the run consumes, repeats counted."""
+    total_steps: int
+    seed: int
+
+
+def plan_run(split: Split, batch: BatchConfig, train: TrainConfig) -> Plan:
+    """Work out how a run's rows fall into steps.
+
+    Raises:
+        ConfigError: ``batch.tokens`` is no multiple of the row length.
+        DataError: there are no rows, or no token in them is a target.
+    """
+    if split.num_rows == 0 or not _has_targets(split):
+        raise DataError(f"{split.path}: {split.num_rows} rows without a single target; a row needs a document of >= 2")
+    rows_per_step, rest = divmod(batch.tokens, split.length)
+    if rest or rows_per_step == 0:
+        legal = [str(rows * split.length) for rows in (rows_per_step, rows_per_step + 1) if rows]
+        raise ConfigError(
+            f"batch.tokens: {batch.tokens} is no multiple of the dataset's row length {split.length}; "
+            f"nearest legal values: {' and '.join(legal)}"
+        )
+    micro_rows = min(batch.micro_rows, rows_per_step)
+    total_rows = _total_rows(train, split.num_rows, rows_per_step)
+    return Plan(
+        num_rows=split.num_rows,
+        length=split.length,
+        rows_per_step=rows_per_step,
+        micro_rows=micro_rows,
+        accumulation=-(-rows_per_step // micro_rows),
+        total_rows=total_rows,
+        total_steps=-(-total_rows // rows_per_step),
+        seed=train.seed,
+    )
+
+
+def _total_rows(train: TrainConfig, num_rows: int, rows_per_step: int) -> int:
+    if train.steps is not None:
+        return train.steps * rows_per_step
+    assert train.epochs is not None  # the config holds one of the two
+    return max(1, round(train.epochs * num_rows))
+
+
+def _has_targets(split: Split, block: int = 1 << 20) -> bool:
+    return any(split.row_targets[first : first + block].any() for first in range(0, split.num_rows, block))
+
+
+def rows_consumed(plan: Plan, step: int) -> int:
+    """Return how many rows the first ``step`` steps take."""
+    return min(step * plan.rows_per_step, plan.total_rows)
+
+
+def rows_of_step(plan: Plan, step: int) -> NDArray[np.int64]:
+    """Return the rows of one step (0, 1, ..), in the order of its micro-batches."""
+    first = rows_consumed(plan, step)
+    return endless_rows(plan.seed, first, rows_consumed(plan, step + 1) - first, plan.num_rows)
+
+
+def train_batches(split: Split, plan: Plan, first_step: int = 0) -> Iterator[PackedBatch]:
+    """Yield the micro-batches of the steps from ``first_step`` to the run's last: ``accumulation`` for each step."""
+    for step in range(first_step, plan.total_steps):
+        rows = rows_of_step(plan, step)
+        targets = float(split.row_targets.take(rows).sum(dtype=np.int64))
+        # A step without any target has the sum 0; dividing by 1 keeps it 0.
+        denominators = {"targets": max(1.0, targets)}
+        for micro in range(plan.accumulation):
+            part = rows[micro * plan.micro_rows : (micro + 1) * plan.micro_rows]
+            yield read_batch(split, part, denominators)
+
+
+def eval_batches(split: Split, micro_rows: int) -> Iterator[PackedBatch]:
+    """Yield every row of a split once, in order; each batch is normalised by its own targets."""
+    for first in range(0, split.num_rows, micro_rows):
+        rows = np.arange(first, min(first + micro_rows, split.num_rows))
+        targets = float(split.row_targets.take(rows).sum(dtype=np.int64))
+        yield read_batch(split, rows, {"targets": max(1.0, targets)})
+
+
+def read_batch(split: Split, rows: NDArray[np.int64], denominators: dict[str, float]) -> PackedBatch:
+    """Read rows into one micro-batch; no rows give a row of padding."""
+    if len(rows) == 0:
+        empty = np.empty(0, np.int64)
+        return collate(np.zeros((1, split.length), np.int64), np.zeros(1, np.int64), empty, empty, None, denominators)
+    table = split.segments(rows)
+    tokens = split.tokens(rows).astype(np.int64)  # what an embedding takes
+    return collate(tokens, table.per_row, table.length, table.source, None, denominators)
+
+
+class Prefetched(Generic[Item]):
+    """An iterable that a thread of this process reads ahead; `close` stops the thread.
+
+    A thread, because handing a tensor to another process costs more than making it here. An error in the thread is
+    raised where the items are taken.
+    """
+
+    def __init__(self, make: Callable[[], Iterator[Item]], depth: int = 4) -> None:
+        self._make = make
+        self._queue: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(depth)
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __iter__(self) -> Iterator[Item]:
+        """Start the thread with the first item taken (Lightning calls `iter` only to see whether it can)."""
+        if self._thread is not None:
+            raise RuntimeError("a prefetched stream is read once; make a new one")
+        self._thread = threading.Thread(target=self._fill, name="llmt-prefetch", daemon=True)
+        self._thread.start()
+        while True:
+            item, error = self._queue.get()
+            if error is not None:
+                raise error
+            if item is None:
+                return
+            yield item
+
+    def _fill(self) -> None:
+        try:
+            for item in self._make():
+                if not self._put((item, None)):
+                    return
+            self._put((None, None))
+        except BaseException as error:  # noqa: BLE001  whatever it is, the main thread must hear of it
+            self._put((None, error))
+
+    def _put(self, entry: tuple[Item | None, BaseException | None]) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(entry, timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def close(self) -> None:
+        """Stop the thread and wait for it; harmless when it has ended or never ran."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()

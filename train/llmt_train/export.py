@@ -1,0 +1,163 @@
+"""A checkpoint as a Hugging Face folder, and the proof that plain transformers computes the same with it."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from llmt_shared.errors import ConfigError, FormatError
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from llmt_train import checkpoints
+from llmt_train.attention import NAME, register
+from llmt_train.batch import collate
+from llmt_train.quiet import quiet_transformers
+
+TOLERANCE = 1e-5
+"""Largest difference of a logit in fp32 that `check` accepts, where logits are below 1; larger ones carry rounding
+in proportion, so it is multiplied by the largest logit."""
+_PROBE_LENGTHS = (7, 1, 19, 33)
+_PROBE_TEXTS = ("Hello, world!", "  two  spaces\n\n\ttab", "def f(x):\n    return x ** 2", "naïve café 東京 🙂")
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What was written."""
+
+    checkpoint: str
+    directory: str
+    bytes: int
+    """Of all safetensors files."""
+    largest_difference: float | None
+    """Of a logit, between ours and plain transformers', in fp32; ``None`` without a check."""
+
+
+def export(source: Path, directory: Path, *, check: bool = False, force: bool = False) -> ExportResult:
+    """Write a checkpoint's model as safetensors with config, generation config, tokenizer and chat template.
+
+    Args:
+        source: a run's output folder (its newest checkpoint) or a checkpoint.
+        directory: folder to write; it appears under this name only when it is whole.
+        check: load the result with plain transformers and compare.
+        force: replace an earlier export.
+
+    Raises:
+        ConfigError: ``directory`` holds something.
+        FormatError: the checkpoint is damaged, or the check failed; ``directory`` is then not written.
+    """
+    checkpoint = checkpoints.find_checkpoint(source)
+    _check_target(directory, force)
+    temporary = directory.with_name(f".{directory.name}.partial")
+    with quiet_transformers():
+        model = load_checkpoint_model(checkpoint)
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            _write(model, checkpoint, temporary)
+            difference = _check(model, temporary) if check else None
+            size = sum(path.stat().st_size for path in temporary.glob("*.safetensors"))
+            _rename(temporary, directory)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return ExportResult(str(checkpoint), str(directory), size, difference)
+
+
+def load_checkpoint_model(checkpoint: Path) -> PreTrainedModel:
+    """Return a checkpoint's model with its weights, in fp32 and evaluation mode, with our attention.
+
+    Raises:
+        FormatError: the weights are not those of the config beside them.
+    """
+    register()
+    config = AutoConfig.from_pretrained(checkpoint)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=NAME, dtype=torch.float32)
+    content = torch.load(checkpoint / checkpoints.WEIGHTS, map_location="cpu", weights_only=True, mmap=True)
+    weights = {
+        name.removeprefix("model."): tensor
+        for name, tensor in content["state_dict"].items()
+        if name.startswith("model.")
+    }
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise FormatError(f"{checkpoint}: weights do not fit config.json: {str(error).splitlines()[-1].strip()}") from None
+    return model.eval()
+
+
+def _check_target(directory: Path, force: bool) -> None:
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return
+    if not force:
+        raise ConfigError(f"{directory}: holds something already; choose a new folder, or --force to replace an export")
+    if not (directory / "config.json").is_file():
+        raise ConfigError(f"{directory}: is no earlier export (it has no config.json); --force replaces only those")
+
+
+def _write(model: PreTrainedModel, checkpoint: Path, directory: Path) -> None:
+    tokenizer = checkpoint.parent.parent / "tokenizer"
+    if not (tokenizer / "tokenizer.json").is_file():
+        raise FormatError(f"{tokenizer}: no tokenizer.json; a checkpoint is exported from inside its run's folder")
+    directory.mkdir(parents=True)
+    model.config.use_cache = True  # training switches it off
+    model.generation_config = GenerationConfig.from_dict(
+        checkpoints.read_json(checkpoint, "generation_config.json")
+    )
+    model.save_pretrained(directory)
+    shutil.copytree(tokenizer, directory, dirs_exist_ok=True)
+    _name_tokenizer_class(directory / "tokenizer_config.json")
+
+
+def _name_tokenizer_class(path: Path) -> None:
+    """Say that tokenizer.json is the whole truth: without a class, transformers builds the model family's own."""
+    content = json.loads(path.read_bytes()) if path.exists() else {}
+    content.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _rename(temporary: Path, directory: Path) -> None:
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    if directory.exists():
+        shutil.rmtree(directory)
+    temporary.rename(directory)
+
+
+def _check(model: PreTrainedModel, directory: Path) -> float:
+    """Compare the folder, as plain transformers loads it, with the model in memory; return the largest difference."""
+    _check_tokenizer(directory)
+    plain = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    alone, packed = _probe(model, plain)
+    difference = (alone - packed).abs().max().item()
+    limit = TOLERANCE * max(1.0, alone.abs().max().item())
+    if not difference <= limit:  # NaN is no success
+        raise FormatError(
+            f"{directory}: logits of plain transformers differ from ours by {difference:.2e}; wanted at most {limit:.2e}. "
+            f"The export was not kept; please report the model type {model.config.model_type!r}"
+        )
+    return difference
+
+
+@torch.no_grad()
+def _probe(model: PreTrainedModel, plain: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """Logits [N, V] of some segments: one at a time in plain transformers, packed in one row in ours."""
+    random = np.random.default_rng(0)
+    limit = getattr(model.config, "max_position_embeddings", None) or max(_PROBE_LENGTHS)
+    lengths = np.minimum(np.array(_PROBE_LENGTHS), limit)
+    tokens = random.integers(0, model.get_input_embeddings().weight.shape[0], (1, lengths.sum()))
+    batch = collate(tokens, np.array([len(lengths)]), lengths, np.zeros(len(lengths), np.int64), None, {"targets": 1.0})
+    packed = model(
+        input_ids=batch.input_ids, position_ids=batch.position_ids, segments=batch.segments(), use_cache=False
+    ).logits[0]
+    alone = [plain(input_ids=piece[None]).logits[0] for piece in batch.input_ids[0].split(list(batch.lengths))]
+    return torch.cat(alone), packed
+
+
+def _check_tokenizer(directory: Path) -> None:
+    """Plain transformers must tokenize as the tokenizer that packed the dataset."""
+    loaded, bare = AutoTokenizer.from_pretrained(directory), Tokenizer.from_file(str(directory / "tokenizer.json"))
+    for text in _PROBE_TEXTS:
+        found, wanted = loaded(text)["input_ids"], bare.encode(text).ids
+        if found != wanted:
+            raise FormatError(f"{directory}: AutoTokenizer gives {found} for {text!r}; the dataset's tokenizer {wanted}")

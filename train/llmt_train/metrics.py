@@ -1,0 +1,52 @@
+"""metrics.jsonl: one JSON object per logged step or evaluation, one clean curve however often a run was resumed."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+NAME = "metrics.jsonl"
+
+
+class MetricsFile:
+    """An open metrics.jsonl that a run resumed after ``last_step`` steps appends to.
+
+    What lies beyond that step was written by a run that did not live to save it, and is cut off.
+    """
+
+    def __init__(self, directory: Path, last_step: int) -> None:
+        path = directory / NAME
+        kept = [json.dumps(record) for record in read_metrics(directory) if record["step"] <= last_step]
+        temporary = path.with_name(f".{NAME}.partial")
+        temporary.write_text("".join(f"{line}\n" for line in kept if last_step > 0))
+        temporary.replace(path)
+        self._file = path.open("a")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one line, at once visible to readers."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Put all lines on the disk: a checkpoint must never be ahead of the curve that leads to it."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """Return the whole lines of a run's metrics.jsonl; a line that a kill cut short ends the list."""
+    try:
+        lines = (directory / NAME).read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    records = []
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records

@@ -1,0 +1,162 @@
+"""Where a model comes from: a folder, the hub or a config; packed attention, safetensors only, no remote code."""
+
+import dataclasses
+import difflib
+import inspect
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from llmt_shared.errors import ConfigError
+from llmt_train.attention import NAME, Segments, register
+from llmt_train.batch import PackedBatch
+
+_LEGACY_KEYS = frozenset({"rope_theta", "rope_scaling", "partial_rotary_factor", "torch_dtype"})
+"""Keys of older config.json files that transformers still takes where the class has their successor."""
+
+
+def load_model(spec: str | Mapping[str, Any], *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    """Return a causal language model in training mode, its attention keeping segments apart.
+
+    Args:
+        spec: a folder or a hub id, whose weights are loaded; or ``{"from_config": {"model_type": .., key: ..}}``,
+            whose weights are drawn.
+        dtype: of the parameters.
+        seed: of the drawn weights; torch's own generator is left as it was.
+
+    Raises:
+        ConfigError: no such folder or id; no safetensors; code of its own; an unknown model type or key; values that
+            do not fit together.
+    """
+    register()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _pretrained(spec, dtype) if isinstance(spec, str) else _drawn(spec["from_config"], dtype)
+    model.config.use_cache = False  # a cache makes transformers treat the row as one document
+    return model.train()
+
+
+def forward_hidden(model: Any, batch: PackedBatch, segments: Segments | None = None) -> Tensor:
+    """Return what the output layer reads: the decoder's last hidden states, [N, H].
+
+    Args:
+        model: from `load_model`.
+        batch: the micro-batch.
+        segments: those of the batch, with a backend of choice; ``None`` takes the batch's with ``auto``.
+    """
+    output = model.get_decoder()(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        segments=batch.segments() if segments is None else segments,
+        use_cache=False,
+    )
+    return cast("Tensor", output.last_hidden_state[0])
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; every module gets back the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _pretrained(name: str, dtype: torch.dtype) -> Any:
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    path = Path(name).expanduser()
+    if looks_local and not path.is_dir():
+        raise ConfigError(f"model: {name}: no such folder; wanted a folder with config.json and *.safetensors")
+    model_class: Any = AutoModelForCausalLM
+    try:
+        model, loading = model_class.from_pretrained(
+            str(path) if path.is_dir() else name,
+            dtype=dtype,
+            attn_implementation=NAME,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        where = "in this folder" if path.is_dir() else "from the hub (nor is there such a folder)"
+        raise ConfigError(
+            f"model: {name}: cannot be loaded {where}: {_first_line(error)}; wanted a causal language model with its "
+            "weights in *.safetensors and no code of its own"
+        ) from error
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ConfigError(
+            f"model: {name}: {', '.join(missing[:3])}{more} of {type(model).__name__} are not in its *.safetensors; "
+            "wanted the weights of a whole causal language model"
+        )
+    return model
+
+
+def _drawn(keys: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    config = _config(dict(keys))
+    try:
+        model_class: Any = AutoModelForCausalLM
+        return model_class.from_config(config, dtype=dtype, attn_implementation=NAME, trust_remote_code=False)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # model classes check little themselves: whatever they raise, the config made it so
+        raise ConfigError(f"model: from_config: {config.model_type} cannot be built: {_first_line(error)}") from error
+
+
+def _config(keys: dict[str, Any]) -> PreTrainedConfig:
+    model_type = keys.pop("model_type", None)
+    if model_type not in CONFIG_MAPPING:
+        near = _nearest(str(model_type), list(CONFIG_MAPPING.keys()))
+        raise ConfigError(f"model: from_config: model_type {model_type!r} is not known to transformers{near}")
+    config_class = CONFIG_MAPPING[model_type]
+    if config_class not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ConfigError(f"model: from_config: {model_type} has no causal language model in transformers")
+    known = _known_keys(config_class)
+    unknown = [f"{key!r}{_nearest(key, sorted(known))}" for key in keys if key not in known]
+    if unknown:
+        raise ConfigError(
+            f"model: from_config: {model_type} has no {'; no '.join(unknown)}; known: {', '.join(sorted(known))}"
+        )
+    try:
+        return AutoConfig.for_model(model_type, **keys)
+    except Exception as error:  # transformers validates with an exception class of its own
+        raise ConfigError(f"model: from_config: {model_type}: {_last_line(error)}") from error
+
+
+def _known_keys(config_class: Any) -> set[str]:
+    """Keys that mean something to a config class; transformers stores any other one and never reads it.
+
+    Beside the class's own there are those that its model reads without their being declared: Qwen3-MoE's head_dim.
+    """
+    fields = {field.name for field in dataclasses.fields(config_class) if not field.name.startswith("_")}
+    code = inspect.getsource(sys.modules[MODEL_FOR_CAUSAL_LM_MAPPING[config_class].__module__])
+    read = set(re.findall(r'getattr\((?:self\.)?config, "([a-z]\w*)"', code))
+    known = fields | read | set(config_class.attribute_map)
+    return known | _LEGACY_KEYS if "rope_parameters" in fields else known | {"torch_dtype"}
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, KeyError) and error.args == (NAME,):  # a table of attention classes, as falcon has
+        return "its attention is its own and takes no other, so packed documents could not be kept apart"
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip().rstrip(".")

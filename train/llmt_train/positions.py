@@ -1,0 +1,34 @@
+"""Are the model's positions enough for the dataset's rows and segments?"""
+
+from llmt_shared.dataset import ChunkedArray, Split
+from llmt_shared.errors import ConfigError
+from transformers import PretrainedConfig
+
+_BLOCK = 1 << 20
+
+
+def check_positions(config: PretrainedConfig, split: Split, place: str) -> None:
+    """Refuse segments longer than the model's positions.
+
+    Positions restart with every segment, so with rotary positions only the longest segment counts. A table of
+    learned positions is also read for a row's padding, which may be as long as the row.
+
+    Raises:
+        ConfigError: naming both lengths.
+    """
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None or split.length <= limit:
+        return
+    is_rotary = getattr(config, "rope_parameters", None) is not None
+    needed, what = (longest_segment(split), "segments") if is_rotary else (split.length, "rows")
+    if needed > limit:
+        raise ConfigError(
+            f"{place}: the model has {limit} positions (max_position_embeddings), but the dataset's {what} are up to "
+            f"{needed} tokens long; pack with sequence.length <= {limit}, or give the model more positions"
+        )
+
+
+def longest_segment(split: Split) -> int:
+    """Return the tokens of a split's longest segment."""
+    lengths = ChunkedArray(split.path / "segment_length")
+    return max((int(lengths[first : first + _BLOCK].max()) for first in range(0, len(lengths), _BLOCK)), default=0)

@@ -1,0 +1,46 @@
+"""Silence for what libraries say to their own users and not to ours."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers.utils import logging as transformers_logging
+
+
+_MEANT_FOR_OTHERS = (
+    r"You defined a `validation_step` but have no `val_dataloader`",  # evaluation is ours: see callbacks
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's use of torch
+    r"The `srun` command is available on your system",  # one process, started by whoever wants to
+)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Switch off transformers' own progress bars and remarks below errors; ours say what matters."""
+    had_bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if had_bars:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Drop Lightning's tips and remarks on its own settings."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        for message in _MEANT_FOR_OTHERS:
+            warnings.filterwarnings("ignore", message)
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
