@@ -1,10 +1,11 @@
 """What mix.yaml may say. `llmt-prep schema` prints it as JSON schema."""
 
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from llmt_shared.config import Bytes, Count, StrictModel, parse_count
 
@@ -114,14 +115,14 @@ class SourceConfig(StrictModel):
     tokens: Annotated[Count, Field(ge=1)] | None = None
     """Tokens that land in rows."""
 
-    @model_validator(mode="after")
-    def _exclusive(self) -> "SourceConfig":
-        said = [key for key in ("weight", "epochs", "tokens") if getattr(self, key) is not None]
+    @classmethod
+    def conflicts(cls, given: Mapping[str, Any]) -> Iterable[str]:
+        """Amounts that exclude each other, and files that are named twice or not at all."""
+        said = [key for key in ("weight", "epochs", "tokens") if given.get(key) is not None]
         if len(said) > 1:
-            raise ValueError(f"says {' and '.join(said)}; a source takes one of weight, epochs and tokens")
-        if bool(self.path) == (self.hf is not None):
-            raise ValueError("wanted exactly one of `path` (files) and `hf` (a Hugging Face dataset)")
-        return self
+            yield f"says {' and '.join(said)}; a source takes one of weight, epochs and tokens"
+        if bool(given.get("path")) == bool(given.get("hf")):
+            yield "wanted exactly one of `path` (files) and `hf` (a Hugging Face dataset)"
 
 
 class MixConfig(StrictModel):
@@ -148,8 +149,8 @@ class MixConfig(StrictModel):
     """What "<|endoftext|>" in a document becomes: plain text, an error, or the control token."""
     max_bad: Annotated[int | str, BeforeValidator(_max_bad)] = "1%"
     """Records of a source that may be unusable, as a number or a share, before the run stops."""
-    max_record_bytes: Annotated[Bytes, Field(ge=1024)] = 268_435_456
-    """A larger record (decompressed) is a bad one."""
+    max_record_bytes: Annotated[Bytes, Field(ge=1024)] = 67_108_864
+    """A larger record (decompressed) is a bad one; tokenizing takes about 120 bytes of memory for each of its bytes."""
     packing: PackingConfig = PackingConfig()
     shard_size: Annotated[Bytes, Field(ge=1)] = 256_000_000
     """Bytes of tokens in one file, about."""
@@ -163,14 +164,16 @@ class MixConfig(StrictModel):
         dict[Annotated[str, AfterValidator(_name)], SourceConfig], Field(min_length=1, max_length=65_535)
     ]
 
-    @model_validator(mode="after")
-    def _weights_need_a_budget(self) -> "MixConfig":
-        weighted = [name for name, source in self.sources.items() if source.weight is not None]
-        if weighted and self.budget is None:
-            raise ValueError(f"sources {', '.join(weighted)} have a weight, so `budget` is needed: such as 20B, or max")
-        if self.budget is not None and not weighted:
-            raise ValueError("`budget` is shared by sources with a weight, and none has one; give weights or no budget")
-        return self
+    @classmethod
+    def conflicts(cls, given: Mapping[str, Any]) -> Iterable[str]:
+        """Weights need a budget, and a budget needs weights."""
+        sources = given.get("sources")
+        sources = sources if isinstance(sources, Mapping) else {}
+        weighted = [name for name, said in sources.items() if isinstance(said, Mapping) and said.get("weight")]
+        if weighted and given.get("budget") is None:
+            yield f"sources {', '.join(weighted)} have a weight, so `budget` is needed: such as 20B, or max"
+        if given.get("budget") is not None and not weighted:
+            yield "`budget` is shared by sources with a weight, and none has one; give weights or no budget"
 
 
 def tolerated(max_bad: int | str, records: int) -> float:

@@ -73,9 +73,7 @@ def tokenize_inputs(
     folder = _shelve_tokenizer(cache, tokenizer)
     settings, said = _settings(config), config.tokenizer
     places = _places(config, inputs, tokenizer, settings, cache, known)
-    _tokenize_missing(
-        config, inputs, places, (str(folder), config.tokenizer.eos_token, config.tokenizer.bos_token), workers
-    )
+    _tokenize_missing(config, inputs, places, (str(folder), said.eos_token, said.bos_token), workers)
     metas = [open_unit(place.directory).meta for place in places]
     _check_bad(config, inputs, places, metas)
     return _corpus(inputs.files, places, metas, len(config.sources))

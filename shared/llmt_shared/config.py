@@ -7,11 +7,19 @@ nothing in a file can name a class or run code.
 import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, Self, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedBase, CommentedMap
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -26,6 +34,37 @@ class StrictModel(BaseModel):
     """A piece of a config: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @classmethod
+    def conflicts(cls, given: Mapping[str, Any]) -> Iterable[str]:
+        """What is wrong between the keys of this piece, one message each; sees the values as the user wrote them."""
+        del given
+        return ()
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _all_at_once(cls, given: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        """Report conflicts beside the mistakes in single keys, where pydantic would wait for those to be mended."""
+        found = list(cls.conflicts(given)) if isinstance(given, Mapping) else []
+        conflicts = [
+            InitErrorDetails(type=PydanticCustomError("conflict", "{text}", {"text": text}), input=given)
+            for text in found
+        ]
+        try:
+            value = validate(given)
+        except ValidationError as error:
+            mistakes = [_again(mistake) for mistake in error.errors()]
+            raise ValidationError.from_exception_data(cls.__name__, mistakes + conflicts) from None
+        if conflicts:
+            raise ValidationError.from_exception_data(cls.__name__, conflicts)
+        return value
+
+
+def _again(mistake: ErrorDetails) -> InitErrorDetails:
+    """A reported mistake in the form in which it can be raised again."""
+    ctx, kind = mistake.get("ctx", {}), mistake["type"]
+    custom = PydanticCustomError(kind, "{text}", ctx) if kind == "conflict" else kind
+    return InitErrorDetails(type=custom, loc=mistake["loc"], input=mistake["input"], ctx=ctx)
 
 
 def load_config(path: Path, model: type[Model], overrides: Sequence[str] = ()) -> Model:
@@ -46,8 +85,9 @@ def load_config(path: Path, model: type[Model], overrides: Sequence[str] = ()) -
         return model.model_validate(_plain(document), context={"base": path.parent})
     except ValidationError as error:
         overridden = {tuple(item.partition("=")[0].split(".")) for item in overrides}
-        lines = [_describe(path, document, model, mistake, overridden) for mistake in error.errors()]
-        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+        mistakes = [_describe(path, document, model, mistake, overridden) for mistake in error.errors()]
+        lines = dict.fromkeys(text for _, text in sorted(mistakes, key=lambda mistake: mistake[0]))
+        raise ConfigError("\n".join(lines)) from None
 
 
 def _read_yaml(path: Path) -> CommentedMap:
@@ -108,15 +148,14 @@ def _plain(node: Any) -> Any:
 
 def _describe(
     path: Path, document: CommentedMap, model: type[BaseModel], mistake: Any, overridden: set[tuple[str, ...]]
-) -> str:
+) -> tuple[int, str]:
+    """Line (0 on the command line) and message of one mistake."""
     location = tuple(_in_document(document, mistake["loc"]))
-    if any(location[: len(key)] == key for key in overridden):
-        place = "command line"
-    else:
-        place = f"{path}:{_line(document, location)}"
+    on_command_line = any(location[: len(key)] == key for key in overridden)
+    line = 0 if on_command_line else _line(document, location)
+    place = "command line" if on_command_line else f"{path}:{line}"
     key = ".".join(str(part) for part in location)
-    message = _message(model, location, mistake)
-    return f"{place}: {key}: {message}" if key else f"{place}: {message}"
+    return line, ": ".join(filter(None, [place, key, _message(model, location, mistake)]))
 
 
 def _message(model: type[BaseModel], location: Location, mistake: Any) -> str:
@@ -128,6 +167,8 @@ def _message(model: type[BaseModel], location: Location, mistake: Any) -> str:
         return "missing; it is required"
     if kind == "value_error":
         return str(mistake["ctx"]["error"])
+    if kind == "conflict":
+        return str(mistake["ctx"]["text"])
     wanted = mistake["msg"].removeprefix("Input should be ").removeprefix("a ")
     if kind in ("literal_error", "union_tag_invalid"):
         choices = re.findall(r"'([^']*)'", str(mistake.get("ctx", {}).get("expected", "") or mistake["msg"]))

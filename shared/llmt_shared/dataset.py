@@ -58,11 +58,8 @@ class ChunkedArray:
     """One Zarr array, read in slices of its first axis; keeps a bounded number of chunk files mapped."""
 
     def __init__(self, path: Path) -> None:
-        meta = _read_metadata(path)
         self.path = path
-        self.shape = tuple(meta["shape"])
-        self.dtype = np.dtype(meta["data_type"]).newbyteorder("<")
-        self.chunk_shape = tuple(meta["chunk_grid"]["configuration"]["chunk_shape"])
+        self.shape, self.dtype, self.chunk_shape = _read_metadata(path)
         self._chunk = lru_cache(maxsize=_MAX_OPEN)(self._map)
 
     def __len__(self) -> int:
@@ -184,13 +181,17 @@ def open_dataset(path: Path | str) -> Dataset:
     return Dataset(directory, manifest, digest, splits["train"], splits.get("validation"))
 
 
-def _read_metadata(path: Path) -> dict[str, Any]:
+def _read_metadata(path: Path) -> tuple[tuple[int, ...], np.dtype[Any], tuple[int, ...]]:
+    """Shape, dtype and chunk shape of an array."""
     try:
         meta: dict[str, Any] = json.loads((path / "zarr.json").read_bytes())
         codecs = [{key: value for key, value in codec.items() if value} for codec in meta["codecs"]]
-        known = codecs == CODECS and meta["chunk_grid"]["name"] == "regular"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FormatError(f"{path}/zarr.json: not a Zarr v3 array ({error}); run `llmt-prep verify`") from None
-    if not known:
+        grid = meta["chunk_grid"]
+        shape, chunk_shape = tuple(meta["shape"]), tuple(grid["configuration"]["chunk_shape"])
+        dtype = np.dtype(meta["data_type"]).newbyteorder("<")
+        is_known = codecs == CODECS and grid["name"] == "regular"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise FormatError(f"{path}/zarr.json: not a Zarr v3 array ({error!r}); run `llmt-prep verify`") from None
+    if not is_known:
         raise FormatError(f"{path}: codecs {codecs}; wanted raw little-endian bytes with crc32c, as FORMAT.md says")
-    return meta
+    return shape, dtype, chunk_shape

@@ -24,6 +24,12 @@ def _inside(path: str) -> str:
     return path
 
 
+def _known_splits(splits: "dict[str, SplitEntry]") -> "dict[str, SplitEntry]":
+    if "train" not in splits or not splits.keys() <= {"train", "validation"}:
+        raise ValueError(f"splits {', '.join(splits)}; wanted train, and validation where something is held out")
+    return splits
+
+
 class FileEntry(StrictModel):
     """One file of the dataset."""
 
@@ -68,7 +74,7 @@ class Manifest(StrictModel):
     tokenizer: TokenizerEntry
     recipe: str
     """sha256 of everything that the bytes depend on: mix, input contents, tokenizer, versions of our algorithms."""
-    splits: dict[str, SplitEntry]
+    splits: Annotated[dict[str, SplitEntry], AfterValidator(_known_splits)]
     files: tuple[FileEntry, ...]
 
 

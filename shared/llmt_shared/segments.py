@@ -93,7 +93,8 @@ def _labels(
     if spans is not None:
         is_target &= _inside(spans, tokens.size)
     labels = np.full(tokens.size, IGNORE, np.int64)
-    labels[:-1] = np.where(is_target[1:], tokens[1:], IGNORE)  # the token before a target predicts it
+    wide = tokens[1:].astype(np.int64)  # `where` would cast IGNORE to the narrow unsigned type of the tokens
+    labels[:-1] = np.where(is_target[1:], wide, IGNORE)  # the token before a target predicts it
     return labels
 
 

@@ -449,7 +449,7 @@ def test_a_saved_dataset_gives_its_data_files_only(tmp_path):
 def test_a_saved_dataset_with_a_missing_file_is_an_error(tmp_path):
     folder = saved_dataset(tmp_path / "saved")
     (folder / "data-00001-of-00002.arrow").unlink()
-    with pytest.raises(ConfigError, match="data-00001-of-00002.arrow is missing"):
+    with pytest.raises(ConfigError, match=r"data-00001-of-00002\.arrow is missing"):
         find_files([str(folder)], JSONL)
 
 
@@ -477,7 +477,8 @@ for arguments in (("ds", None, "tset", None), ("nobody/nothing", None, "train", 
         hf_files(*arguments)
     except ConfigError as error:
         errors.append(str(error))
-print(json.dumps([len(units), texts, commit, errors, [name for name in ("torch", "transformers") if name in sys.modules]]))
+heavy = [name for name in ("torch", "transformers") if name in sys.modules]
+print(json.dumps([len(units), texts, commit, errors, heavy]))
 """
 
 

@@ -67,10 +67,15 @@ def test_the_hash_of_a_text_never_changes():
     assert hash_text(b"a") != hash_text(b"b")
 
 
-def test_a_failure_leaves_nothing(tmp_path):
-    with pytest.raises(KeyboardInterrupt), writing_unit(tmp_path / "unit", np.dtype("uint16")) as writer:
+def write_and_fail(path: Path) -> None:
+    with writing_unit(path, np.dtype("uint16")) as writer:
         writer.add([np.array([1], np.uint32)], [0], [0])
         raise KeyboardInterrupt
+
+
+def test_a_failure_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        write_and_fail(tmp_path / "unit")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,4 +1,4 @@
-"""A unit of the store holds exactly what bare `tokenizers` gives, with BOS and EOS once, and no control token of a text."""
+"""A unit of the store holds what bare `tokenizers` gives, BOS and EOS once, and no control token from a text."""
 
 import dataclasses
 import json
@@ -27,7 +27,8 @@ BUILDERS = {"bpe": byte_level_bpe, "bpe with bos": bpe_with_bos, "word piece": w
 nasty_text = st.lists(
     st.sampled_from(
         [EOT, "<|im_start|>", "<|begin|>", "<s>", "</s>", "<unk>", "[UNK]", "[SEP]", "<|", "|>", "endoftext", " ", "  ",
-         "\n", "\r\n", "\t", "\0", "\u200b", "\u00a0", "\ufeff", "\ufffd", "é", "e\u0301", "日本", "\U0001f468\u200d\U0001f469",
+         "\n", "\r\n", "\t", "\0", "\u200b", "\u00a0", "\ufeff", "\ufffd", "é", "e\u0301", "日本",
+         "\U0001f468\u200d\U0001f469",
          "The quick", "segment_ids", "12345", "▁", "##", "Ġ"]
     )
     | st.text(st.characters(exclude_categories=["Cs"]), max_size=6),

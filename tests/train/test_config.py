@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from llmt_shared.config import load_config
 from llmt_shared.errors import ConfigError
 from llmt_train.config import FromConfig, RunConfig, resolve_steps

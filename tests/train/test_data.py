@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from train.tiny_dataset import write_dataset
+
 from llmt_shared.dataset import Split, open_dataset
 from llmt_shared.errors import ConfigError, DataError
 from llmt_shared.order import rows as epoch_rows
@@ -23,7 +25,6 @@ from llmt_train.data import (
     rows_of_step,
     train_batches,
 )
-from train.tiny_dataset import write_dataset
 
 LENGTH, NUM_ROWS = 16, 24
 

@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models
+
 from llmt_shared.errors import ConfigError, FormatError
 from llmt_train.match import check_max_id, check_tokenizers, model_token_ids, read_token_ids
-from tokenizers import Tokenizer, models
 
 DATASET = {"a": 0, "b": 1, "</s>": 2}
 
@@ -59,7 +60,7 @@ def test_a_unigram_vocabulary_is_read_by_place(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"model": {"vocab": 3}}', b"\xff"])
 def test_what_is_no_tokenizer_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tokenizer.json").write_bytes(content)
-    with pytest.raises(FormatError, match="not a tokenizer.json"):
+    with pytest.raises(FormatError, match=r"not a tokenizer\.json"):
         read_token_ids(tmp_path / "tokenizer.json")
 
 

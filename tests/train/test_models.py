@@ -125,6 +125,7 @@ def build(**keys):
         ({"model_type": "llama", "hidden_size": "wide"}, "llama: .*expected int, got str"),
         ({**CONFIGS["llama"], "model_type": "llama", "hidden_size": 66}, "not a multiple of the number of attention"),
         ({**CONFIGS["llama"], "model_type": "llama", "hidden_act": "reelu"}, "llama cannot be built: .*reelu"),
+        ({**CONFIGS["llama4_text"], "model_type": "llama4_text"}, "llama4_text: has layers with chunked attention"),
         ({**CONFIGS["falcon"], "model_type": "falcon"}, "falcon cannot be built: its attention is its own"),
     ],
 )

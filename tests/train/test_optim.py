@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from llmt_train.config import OptimConfig
-from llmt_train.optim import build_optimizer, build_scheduler, lr_factor, parameter_groups
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+
+from llmt_train.config import OptimConfig
+from llmt_train.optim import build_optimizer, build_scheduler, lr_factor, parameter_groups
 
 TOTAL, WARMUP = 50, 5
 
@@ -19,7 +20,7 @@ def ours(schedule: str, floor: float = 0.0, decay: int = 10) -> list[float]:
     ]
 
 
-def theirs(build) -> list[float]:  # noqa: ANN001
+def theirs(build) -> list[float]:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler = build(optimizer, WARMUP, TOTAL)
     factors = []
@@ -34,7 +35,7 @@ def theirs(build) -> list[float]:  # noqa: ANN001
     ("schedule", "build"),
     [("cosine", get_cosine_schedule_with_warmup), ("linear", get_linear_schedule_with_warmup)],
 )
-def test_after_the_warmup_the_schedule_is_that_of_transformers(schedule: str, build) -> None:  # noqa: ANN001
+def test_after_the_warmup_the_schedule_is_that_of_transformers(schedule: str, build) -> None:
     assert ours(schedule)[WARMUP:] == pytest.approx(theirs(build)[WARMUP:], rel=0, abs=1e-15)
 
 

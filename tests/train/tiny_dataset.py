@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from llmt_shared.manifest import FileEntry, Manifest, SplitEntry, TokenizerEntry
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers
+
+from llmt_shared.manifest import FileEntry, Manifest, SplitEntry, TokenizerEntry
 
 WORDS = 40
 SOURCES = ("web", "code")
@@ -41,9 +42,7 @@ def write_tokenizer(path: Path, words: int = WORDS) -> TokenizerEntry:
     tokenizer.save(str(path / "tokenizer.json"))
     (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "unk_token": "<unk>"}))
     (path / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
-    return TokenizerEntry(
-        digest="none", vocab_size=words, max_id=words - 1, bos_id=None, eos_id=words - 1, pad_id=None
-    )
+    return TokenizerEntry(digest="none", vocab_size=words, max_id=words - 1, bos_id=None, eos_id=words - 1, pad_id=None)
 
 
 def _write_split(path: Path, random: np.random.Generator, num_rows: int, length: int, words: int) -> SplitEntry:
@@ -71,7 +70,7 @@ def _write_split(path: Path, random: np.random.Generator, num_rows: int, length:
 def _cut(random: np.random.Generator, length: int) -> list[int]:
     sizes: list[int] = []
     while (free := length - sum(sizes)) > 2 and len(sizes) < 4:
-        sizes.append(int(random.integers(1, free + 1)))
+        sizes.append(int(random.integers(1, free)))  # no segment fills its row
     return sizes
 
 

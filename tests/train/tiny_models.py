@@ -24,7 +24,8 @@ _COMMON = {
 _GPT2 = {"vocab_size": VOCAB, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
 _IDS = {"bos_token_id": 1, "eos_token_id": 2}
 _NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-_GEMMA = {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}
+# A cap as low as the scores of small weights are: at Gemma's own 50 a test would not see it missing.
+_GEMMA = {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 0.02}
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": _COMMON,
@@ -38,6 +39,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "phi": _COMMON,
     "olmo2": _COMMON,
     "stablelm": _COMMON,
+    "llama4_text": {**_COMMON, "head_dim": 16, "num_local_experts": 2, "intermediate_size_mlp": 64},
     "bloom": {"vocab_size": VOCAB, "hidden_size": 64, "n_layer": 2, "n_head": 4},
     "mamba2": {
         "vocab_size": VOCAB,

@@ -9,10 +9,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from llmt_shared.dataset import Dataset
-from llmt_shared.errors import DataError
 from torch import Tensor
 
+from llmt_shared.dataset import Dataset
+from llmt_shared.errors import DataError
 from llmt_train.config import RunConfig
 from llmt_train.data import Plan, eval_batches, rows_consumed, rows_of_step
 from llmt_train.metrics import MetricsFile
@@ -121,11 +121,12 @@ class StepCallback(Callback):
         if self.run.dataset.validation is None:
             return
         assert isinstance(pl_module, TrainModule)
-        line = {"step": step, "eval": evaluate(trainer, pl_module, self.run.dataset, self.run.plan.micro_rows)}
+        result = evaluate(trainer, pl_module, self.run.dataset, self.run.plan.micro_rows)
+        line = {"step": step, "eval": result}
         self.run.metrics.write(line)
         self.run.reporter.evaluation(line)
-        scores = {f"eval/{name}": source["loss"] for name, source in line["eval"]["sources"].items()}
-        _to_loggers(trainer, {"eval/loss": line["eval"]["loss"], **scores}, step)
+        scores = {f"eval/{name}": source["loss"] for name, source in result["sources"].items()}
+        _to_loggers(trainer, {"eval/loss": result["loss"], **scores}, step)
 
 
 @torch.no_grad()
@@ -168,7 +169,7 @@ def _clip(module: torch.nn.Module, largest: float | None) -> float:
 
 def _not_finite(run: Run, step: int, loss: float, norm: float, parts: list[float]) -> str:
     """Name the rows and documents of the step: of those micro-batches that are to blame, where that is known."""
-    what = f"the loss is {loss:.4f}, but the norm of its gradient {norm}" if math.isfinite(loss) else f"the loss is {loss}"
+    what = f"the loss is {loss:.4f}" + (f", but the norm of its gradient {norm}" if math.isfinite(loss) else "")
     plan, rows = run.plan, rows_of_step(run.plan, step).tolist()
     blamed = [
         row
@@ -177,9 +178,8 @@ def _not_finite(run: Run, step: int, loss: float, norm: float, parts: list[float
         for row in rows[micro * plan.micro_rows : (micro + 1) * plan.micro_rows]
     ] or rows
     table = run.dataset.train.segments(blamed[:8])
-    documents = dict.fromkeys(
-        f"{run.dataset.sources[source]}:{document}" for source, document in zip(table.source, table.document, strict=True)
-    )
+    pairs = zip(table.source.tolist(), table.document.tolist(), strict=True)
+    documents = dict.fromkeys(f"{run.dataset.sources[source]}:{document}" for source, document in pairs)
     return (
         f"step {step + 1}: {what}; stopped before it reached the weights. Rows {_shorten(blamed)}; documents "
         f"{_shorten(list(documents))}. `llmt-prep inspect {run.dataset.path} --row {blamed[0]}` shows a row; "

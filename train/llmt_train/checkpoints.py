@@ -5,20 +5,23 @@ holds Lightning's file (tensors and plain containers: it loads with `weights_onl
 model's config.json, the versions it was made with, and `state.json`, which also lists the sizes of the others.
 """
 
+import errno
 import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from llmt_shared.config import StrictModel
-from llmt_shared.errors import ConfigError, FormatError, Stopped
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+
+from llmt_shared.config import StrictModel
+from llmt_shared.errors import ConfigError, FormatError, Stopped
 
 WEIGHTS = "lightning.ckpt"
 """Lightning's file: weights, optimizer state, schedule, counts."""
@@ -42,7 +45,7 @@ class State(StrictModel):
     digest: str
     """The dataset's."""
     seed: int
-    files: dict[str, int] = {}
+    files: dict[str, int] = Field(default_factory=dict)
     """Name and bytes of every other file of the checkpoint."""
 
 
@@ -58,7 +61,7 @@ def save_checkpoint(
         write: writes the trainer's checkpoint to a path.
 
     Raises:
-        Stopped: the disk is full; the checkpoints before this one are untouched.
+        OSError: the checkpoint cannot be written; those before it are untouched.
     """
     final = run_dir / _FOLDER / f"step-{state.step:08d}"
     temporary = final.with_name(f".{final.name}.partial")
@@ -74,19 +77,26 @@ def save_checkpoint(
         _clear(final)  # one of the same step is there only if it was found torn
         temporary.rename(final)
         _sync_folder(final.parent)
-    except OSError as error:
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise Stopped(_why_unsaved(run_dir, state.step, error)) from None
     return final
 
 
-def _why_unsaved(run_dir: Path, step: int, error: OSError) -> str:
-    newest = newest_checkpoint(run_dir)
-    kept = f"step {read_state(newest).step} is kept" if newest else "no earlier one exists"
-    return (
-        f"{run_dir}: checkpoint of step {step} could not be written: {error.strerror or error}; {kept}. "
-        f"Make room and run the same command again to resume"
-    )
+@contextmanager
+def stopped_by_full_disk(run_dir: Path) -> Iterator[None]:
+    """Turn a full disk (or quota) into `Stopped`: the newest checkpoint is whole, so the run can go on from it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        newest = newest_checkpoint(run_dir)
+        kept = f"saved up to step {read_state(newest).step}" if newest else "nothing is saved yet"
+        where = f" while writing {error.filename}" if error.filename else ""
+        raise Stopped(
+            f"{run_dir}: no room left on the disk{where} ({error.strerror}); {kept}; make room and run the same "
+            f"command again to resume"
+        ) from None
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
@@ -164,9 +174,7 @@ def prune(run_dir: Path, keep: int) -> None:
         shutil.rmtree(folder)
 
 
-def check_resumable(
-    folder: Path, state: State, config: Mapping[str, Any], model_config: Mapping[str, Any]
-) -> None:
+def check_resumable(folder: Path, state: State, config: Mapping[str, Any], model_config: Mapping[str, Any]) -> None:
     """Refuse to go on from a checkpoint with settings that would make it another run.
 
     Args:
@@ -182,7 +190,7 @@ def check_resumable(
     differences = [
         *_difference("dataset digest", old.digest[:16], state.digest[:16]),
         *_difference("rows of a step", old.rows_per_step, state.rows_per_step),
-        *_difference("rows consumed", old.rows_consumed, state.rows_consumed),  # its last step may have been short
+        *_difference("rows of all steps (the last one was short)", old.rows_consumed, state.rows_consumed),
         *_changed_settings(read_config(folder), config),
     ]
     before, now = _comparable(read_json(folder, MODEL_CONFIG)), _comparable(model_config)
@@ -229,7 +237,12 @@ def environment() -> dict[str, Any]:
     names = ("llmt", "torch", "lightning", "transformers", "tokenizers", "numpy")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     versions = {name: _version(name) for name in names}
-    return {"python": platform.python_version(), "platform": platform.platform(), "device": device, "versions": versions}
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device,
+        "versions": versions,
+    }
 
 
 def _version(name: str) -> str | None:
@@ -246,7 +259,7 @@ def _write_json(path: Path, data: Mapping[str, Any]) -> None:
 def _write_yaml(path: Path, data: Mapping[str, Any]) -> None:
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False
+    yaml.representer.sort_base_mapping_type_on_output = False
     with path.open("w") as file:
         yaml.dump(data, file)
 

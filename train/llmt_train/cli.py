@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from llmt_shared.command import run
 
 app = typer.Typer(
-    help="Train language models on datasets that `llmt-prep pack` wrote.",
-    epilog="Exit codes: 0 ok, 1 failure, 2 usage or config, 3 bad data on disk, 4 stopped and resumable, "
-    "130 second Ctrl-C. --traceback shows where an error came from.",
+    name="llmt-train",
+    help="Stage two of llmt: train on packed shards, export to Hugging Face.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    epilog="`--traceback` on any command shows where an error comes from.",
 )
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
@@ -44,9 +45,7 @@ def _options(
     """What every command takes."""
 
 
-@app.command(
-    epilog="Examples:  llmt-train fit --config run.yaml  |  llmt-train fit --config run.yaml optim.lr=3e-4 train.steps=50"
-)
+@app.command()
 def fit(
     config: Annotated[Path, typer.Option(help="Run file; `llmt-train schema` says what it may hold.")],
     overrides: Annotated[
@@ -55,9 +54,15 @@ def fit(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train; running the same command again resumes from the newest checkpoint."""
-    from llmt_shared.config import load_config
+    """Train; running the same command again resumes from the newest checkpoint.
 
+    Examples:
+
+        llmt-train fit --config configs/train/pretrain.yaml
+
+        llmt-train fit --config run.yaml optim.lr=3e-4 train.steps=50
+    """
+    from llmt_shared.config import load_config
     from llmt_train.config import RunConfig
 
     settings = load_config(config, RunConfig, overrides or [])  # a typing mistake must not wait for torch
@@ -70,12 +75,15 @@ def fit(
         typer.echo(json.dumps(asdict(result)))
         return
     held_out = "" if result.eval_loss is None else f", held out {result.eval_loss:.4f}"
-    typer.echo(f"{result.steps} steps, {result.tokens:,} tokens: loss {result.loss:.4f}{held_out} -> {result.checkpoint}")
+    losses = f"loss {result.loss:.4f}{held_out}"
+    typer.echo(f"{result.steps} steps, {result.tokens:,} tokens: {losses} -> {result.checkpoint}")
 
 
-@app.command(epilog="Example:  llmt-train export runs/pt exported/pt --check")
+@app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Output folder of a run (its newest checkpoint), or a checkpoint.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Output folder of a run (its newest checkpoint), or one checkpoint.")
+    ],
     directory: Annotated[Path, typer.Argument(help="Folder to write; must be new or empty.")],
     check: Annotated[
         bool, typer.Option("--check", help="Load the result with plain transformers and compare its logits with ours.")
@@ -83,7 +91,12 @@ def export(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a checkpoint as a Hugging Face model: safetensors, config, tokenizer and chat template."""
+    """Write a checkpoint as a Hugging Face model: safetensors, config, tokenizer and chat template.
+
+    Example:
+
+        llmt-train export runs/pt exported/pt --check
+    """
     from dataclasses import asdict
 
     from llmt_train.export import export as export_model

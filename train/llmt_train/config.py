@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt, MinLen
-from llmt_shared.config import Count, StrictModel
 from pydantic import AfterValidator, Discriminator, Tag, model_validator
+
+from llmt_shared.config import Count, StrictModel
 
 
 def _steps_or_share(value: int | str) -> int | str:

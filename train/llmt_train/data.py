@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
+
 from llmt_shared.dataset import Split
 from llmt_shared.errors import ConfigError, DataError
 from llmt_shared.order import endless_rows
-from numpy.typing import NDArray
-
 from llmt_train.batch import PackedBatch, collate
 from llmt_train.config import BatchConfig, TrainConfig
 
@@ -155,7 +155,7 @@ class Prefetched(Generic[Item]):
                 if not self._put((item, None)):
                     return
             self._put((None, None))
-        except BaseException as error:  # noqa: BLE001  whatever it is, the main thread must hear of it
+        except BaseException as error:  # whatever it is, the main thread must hear of it
             self._put((None, error))
 
     def _put(self, entry: tuple[Item | None, BaseException | None]) -> bool:

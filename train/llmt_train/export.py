@@ -4,14 +4,15 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from llmt_shared.errors import ConfigError, FormatError
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from llmt_shared.errors import ConfigError, FormatError
 from llmt_train import checkpoints
 from llmt_train.attention import NAME, register
 from llmt_train.batch import collate
@@ -65,7 +66,7 @@ def export(source: Path, directory: Path, *, check: bool = False, force: bool = 
     return ExportResult(str(checkpoint), str(directory), size, difference)
 
 
-def load_checkpoint_model(checkpoint: Path) -> PreTrainedModel:
+def load_checkpoint_model(checkpoint: Path) -> Any:
     """Return a checkpoint's model with its weights, in fp32 and evaluation mode, with our attention.
 
     Raises:
@@ -73,7 +74,8 @@ def load_checkpoint_model(checkpoint: Path) -> PreTrainedModel:
     """
     register()
     config = AutoConfig.from_pretrained(checkpoint)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=NAME, dtype=torch.float32)
+    classes: Any = AutoModelForCausalLM
+    model = classes.from_config(config, attn_implementation=NAME, dtype=torch.float32)
     content = torch.load(checkpoint / checkpoints.WEIGHTS, map_location="cpu", weights_only=True, mmap=True)
     weights = {
         name.removeprefix("model."): tensor
@@ -83,7 +85,8 @@ def load_checkpoint_model(checkpoint: Path) -> PreTrainedModel:
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise FormatError(f"{checkpoint}: weights do not fit config.json: {str(error).splitlines()[-1].strip()}") from None
+        reason = str(error).splitlines()[-1].strip()
+        raise FormatError(f"{checkpoint}: the weights do not fit config.json: {reason}") from None
     return model.eval()
 
 
@@ -96,15 +99,13 @@ def _check_target(directory: Path, force: bool) -> None:
         raise ConfigError(f"{directory}: is no earlier export (it has no config.json); --force replaces only those")
 
 
-def _write(model: PreTrainedModel, checkpoint: Path, directory: Path) -> None:
+def _write(model: Any, checkpoint: Path, directory: Path) -> None:
     tokenizer = checkpoint.parent.parent / "tokenizer"
     if not (tokenizer / "tokenizer.json").is_file():
         raise FormatError(f"{tokenizer}: no tokenizer.json; a checkpoint is exported from inside its run's folder")
     directory.mkdir(parents=True)
     model.config.use_cache = True  # training switches it off
-    model.generation_config = GenerationConfig.from_dict(
-        checkpoints.read_json(checkpoint, "generation_config.json")
-    )
+    model.generation_config = GenerationConfig.from_dict(checkpoints.read_json(checkpoint, "generation_config.json"))
     model.save_pretrained(directory)
     shutil.copytree(tokenizer, directory, dirs_exist_ok=True)
     _name_tokenizer_class(directory / "tokenizer_config.json")
@@ -124,23 +125,24 @@ def _rename(temporary: Path, directory: Path) -> None:
     temporary.rename(directory)
 
 
-def _check(model: PreTrainedModel, directory: Path) -> float:
+def _check(model: Any, directory: Path) -> float:
     """Compare the folder, as plain transformers loads it, with the model in memory; return the largest difference."""
     _check_tokenizer(directory)
-    plain = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    plain: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    plain.eval()
     alone, packed = _probe(model, plain)
     difference = (alone - packed).abs().max().item()
     limit = TOLERANCE * max(1.0, alone.abs().max().item())
     if not difference <= limit:  # NaN is no success
         raise FormatError(
-            f"{directory}: logits of plain transformers differ from ours by {difference:.2e}; wanted at most {limit:.2e}. "
-            f"The export was not kept; please report the model type {model.config.model_type!r}"
+            f"{directory}: logits of plain transformers differ from ours by {difference:.2e}; wanted at most "
+            f"{limit:.2e}. The export was not kept; please report the model type {model.config.model_type!r}"
         )
     return difference
 
 
 @torch.no_grad()
-def _probe(model: PreTrainedModel, plain: PreTrainedModel) -> tuple[Tensor, Tensor]:
+def _probe(model: Any, plain: Any) -> tuple[Tensor, Tensor]:
     """Logits [N, V] of some segments: one at a time in plain transformers, packed in one row in ours."""
     random = np.random.default_rng(0)
     limit = getattr(model.config, "max_position_embeddings", None) or max(_PROBE_LENGTHS)
@@ -150,7 +152,7 @@ def _probe(model: PreTrainedModel, plain: PreTrainedModel) -> tuple[Tensor, Tens
     packed = model(
         input_ids=batch.input_ids, position_ids=batch.position_ids, segments=batch.segments(), use_cache=False
     ).logits[0]
-    alone = [plain(input_ids=piece[None]).logits[0] for piece in batch.input_ids[0].split(list(batch.lengths))]
+    alone = [plain(input_ids=piece[None]).logits[0] for piece in torch.split(batch.input_ids[0], list(batch.lengths))]
     return torch.cat(alone), packed
 
 
@@ -160,4 +162,4 @@ def _check_tokenizer(directory: Path) -> None:
     for text in _PROBE_TEXTS:
         found, wanted = loaded(text)["input_ids"], bare.encode(text).ids
         if found != wanted:
-            raise FormatError(f"{directory}: AutoTokenizer gives {found} for {text!r}; the dataset's tokenizer {wanted}")
+            raise FormatError(f"{directory}: AutoTokenizer gives {found} for {text!r}, but tokenizer.json {wanted}")

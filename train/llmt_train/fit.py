@@ -13,12 +13,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.plugins.environments import LightningEnvironment
+from transformers import CONFIG_MAPPING
+
 from llmt_shared.dataset import Dataset, open_dataset
 from llmt_shared.errors import ConfigError, Stopped
-from transformers import CONFIG_MAPPING, PreTrainedModel
-
 from llmt_train import checkpoints
 from llmt_train.callbacks import Run, StepCallback
 from llmt_train.config import FromConfig, RunConfig
@@ -80,24 +80,24 @@ def fit(config: RunConfig, *, force: bool = False) -> FitResult:
             _remove_run(config.output)
         start = _resume_point(config, dataset, plan, model)
         step = checkpoints.read_state(start).step if start else 0
-        if step > plan.total_steps:
-            raise ConfigError(f"{start}: {step} steps are done, more than the run's {plan.total_steps}; raise train.steps")
         _say(_describe(config, dataset, plan, model, step))
         if start is None or step < plan.total_steps:
-            _train(config, dataset, plan, model, stop, start, step)
+            with checkpoints.stopped_by_full_disk(config.output):
+                _train(config, dataset, plan, model, stop, start, step)
     if stop.signal_name is not None and _last_step(config.output) < plan.total_steps:
-        raise Stopped(f"{config.output}: saved at step {_last_step(config.output)}; run the same command again to resume")
+        saved = _last_step(config.output)
+        raise Stopped(f"{config.output}: saved at step {saved}; run the same command again to resume")
     return _result(config, plan, step if start else None)
 
 
-def _checked_model(config: RunConfig, dataset: Dataset) -> PreTrainedModel:
+def _checked_model(config: RunConfig, dataset: Dataset) -> Any:
     """Load the model after the cheap checks, then run those that need it."""
     place = config.model if isinstance(config.model, str) else "model.from_config"
     ids = model_token_ids(config.model) if isinstance(config.model, str) else None
     if ids is not None:
         check_tokenizers(read_token_ids(dataset.tokenizer_dir / "tokenizer.json"), ids, place)
     spec = config.model if isinstance(config.model, str) else _fresh(config.model, dataset)
-    model: PreTrainedModel = load_model(spec, seed=config.train.seed)
+    model = load_model(spec, seed=config.train.seed)
     max_id = dataset.manifest.tokenizer.max_id
     check_max_id(max_id, model.get_input_embeddings().weight.shape[0], place)
     check_positions(model.config, dataset.train, place)
@@ -111,12 +111,12 @@ def _fresh(model: FromConfig, dataset: Dataset) -> dict[str, dict[str, Any]]:
     """Fill in the dataset's token ids: a family's own defaults mean nothing to another tokenizer."""
     entry = dataset.manifest.tokenizer
     ids = {"bos_token_id": entry.bos_id, "eos_token_id": entry.eos_id, "pad_token_id": entry.pad_id}
-    model_type = model.from_config.get("model_type")
+    model_type = str(model.from_config.get("model_type"))
     known = vars(CONFIG_MAPPING[model_type]()) if model_type in CONFIG_MAPPING else {}
     return {"from_config": {key: value for key, value in ids.items() if key in known} | model.from_config}
 
 
-def _find_head(model: PreTrainedModel) -> HeadSpec | None:
+def _find_head(model: Any) -> HeadSpec | None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         head = find_head(model)
@@ -125,10 +125,13 @@ def _find_head(model: PreTrainedModel) -> HeadSpec | None:
     return head
 
 
-def _resume_point(config: RunConfig, dataset: Dataset, plan: Plan, model: PreTrainedModel) -> Path | None:
+def _resume_point(config: RunConfig, dataset: Dataset, plan: Plan, model: Any) -> Path | None:
     newest = checkpoints.newest_checkpoint(config.output)
     if newest is not None:
-        state = _state(dataset, plan, checkpoints.read_state(newest).step)
+        step = checkpoints.read_state(newest).step
+        if step > plan.total_steps:
+            raise ConfigError(f"{newest}: {step} steps are done, more than the run's {plan.total_steps}; train longer")
+        state = _state(dataset, plan, step)
         checkpoints.check_resumable(newest, state, config.model_dump(mode="json"), model.config.to_dict())
     return newest
 
@@ -147,7 +150,7 @@ def _train(
     config: RunConfig,
     dataset: Dataset,
     plan: Plan,
-    model: PreTrainedModel,
+    model: Any,
     stop: StopRequest,
     start: Path | None,
     step: int,
@@ -176,7 +179,7 @@ def _train(
         trainer.fit(module, batches, ckpt_path=start and start / checkpoints.WEIGHTS, weights_only=True)
 
 
-def _save(config: RunConfig, dataset: Dataset, plan: Plan, model: PreTrainedModel, trainer: pl.Trainer, step: int) -> None:
+def _save(config: RunConfig, dataset: Dataset, plan: Plan, model: Any, trainer: pl.Trainer, step: int) -> None:
     generation = model.generation_config
     checkpoints.save_checkpoint(
         config.output,
@@ -220,19 +223,22 @@ def _uses_bf16(config: RunConfig) -> bool:
     return config.precision == "bf16" or (config.precision == "auto" and has_bf16)
 
 
-def _describe(config: RunConfig, dataset: Dataset, plan: Plan, model: PreTrainedModel, step: int) -> str:
+def _describe(config: RunConfig, dataset: Dataset, plan: Plan, model: Any, step: int) -> str:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     held_out = dataset.validation.num_rows if dataset.validation else 0
     precision = "bf16 with fp32 weights" if _uses_bf16(config) else "fp32"
+    tokens, epochs = plan.rows_per_step * plan.length, plan.total_rows / plan.num_rows
+    data = f"{plan.num_rows:,} rows of {plan.length:,} tokens, {held_out:,} held out, digest {dataset.digest[:16]}"
+    micro = f"in {plan.accumulation} micro-batches of at most {plan.micro_rows} rows"
     lines = [
         f"model     {model.config.model_type}, {parameters:,} parameters, {precision}",
-        f"data      {dataset.path}: {plan.num_rows:,} rows of {plan.length:,} tokens, {held_out:,} held out, "
-        f"digest {dataset.digest[:16]}",
-        f"step      {plan.rows_per_step} rows = {plan.rows_per_step * plan.length:,} tokens, in {plan.accumulation} "
-        f"micro-batches of at most {plan.micro_rows} rows",
-        f"run       {plan.total_steps:,} steps, {plan.total_rows:,} rows = {plan.total_rows / plan.num_rows:.2f} epochs",
+        f"data      {dataset.path}: {data}",
+        f"step      {plan.rows_per_step} rows = {tokens:,} tokens, {micro}",
+        f"run       {plan.total_steps:,} steps, {plan.total_rows:,} rows = {epochs:.2f} epochs",
     ]
-    if step:
+    if step == plan.total_steps:
+        lines.append("finished  already; --force starts over")
+    elif step:
         lines.append(f"resuming  after step {step:,}, {rows_consumed(plan, step):,} rows")
     return "\n".join(lines)
 

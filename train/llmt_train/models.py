@@ -34,12 +34,13 @@ def load_model(spec: str | Mapping[str, Any], *, dtype: torch.dtype = torch.floa
 
     Raises:
         ConfigError: no such folder or id; no safetensors; code of its own; an unknown model type or key; values that
-            do not fit together.
+            do not fit together; layers that packed attention has not.
     """
     register()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _pretrained(spec, dtype) if isinstance(spec, str) else _drawn(spec["from_config"], dtype)
+    _check_layers(model.config)
     model.config.use_cache = False  # a cache makes transformers treat the row as one document
     return model.train()
 
@@ -133,6 +134,15 @@ def _config(keys: dict[str, Any]) -> PreTrainedConfig:
         return AutoConfig.for_model(model_type, **keys)
     except Exception as error:  # transformers validates with an exception class of its own
         raise ConfigError(f"model: from_config: {model_type}: {_last_line(error)}") from error
+
+
+def _check_layers(config: PreTrainedConfig) -> None:
+    """Refuse what reaches an attention function only through its mask, which packed attention does not read."""
+    if "chunked_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()):
+        raise ConfigError(
+            f"model: {config.model_type}: has layers with chunked attention, which packed attention does not have and "
+            "would silently replace by full attention; choose a model without them"
+        )
 
 
 def _known_keys(config_class: Any) -> set[str]:

@@ -15,7 +15,7 @@ _WSD_DECAY = "20%"  # share of the run; MiniCPM (Hu et al. 2024, arXiv:2404.0639
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """Return AdamW over the parameters that train; one fused kernel where they lie on a GPU."""
     groups = parameter_groups(model, config.weight_decay)
-    on_gpu = all(parameter.is_cuda for group in groups for parameter in group["params"])
+    on_gpu = all(parameter.is_cuda for parameter in model.parameters())
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=on_gpu or None)
 
 

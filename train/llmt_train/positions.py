@@ -1,8 +1,9 @@
 """Are the model's positions enough for the dataset's rows and segments?"""
 
+from transformers import PretrainedConfig
+
 from llmt_shared.dataset import ChunkedArray, Split
 from llmt_shared.errors import ConfigError
-from transformers import PretrainedConfig
 
 _BLOCK = 1 << 20
 

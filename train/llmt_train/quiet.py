@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 from transformers.utils import logging as transformers_logging
 
-
 _MEANT_FOR_OTHERS = (
     r"You defined a `validation_step` but have no `val_dataloader`",  # evaluation is ours: see callbacks
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's use of torch
@@ -19,14 +18,14 @@ _MEANT_FOR_OTHERS = (
 def quiet_transformers() -> Iterator[None]:
     """Switch off transformers' own progress bars and remarks below errors; ours say what matters."""
     had_bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity(logging.ERROR)
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
         if had_bars:
-            transformers_logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @contextmanager

@@ -17,7 +17,7 @@ class Reading:
     """JSON key or column that holds the text; text files have none."""
     record: Literal["file", "line", "paragraph"] = "file"
     """What one document of a text file is; a paragraph ends at a blank line."""
-    max_record_bytes: int = 256 * 2**20
+    max_record_bytes: int = 64 * 2**20
     """A larger record, decompressed, is bad; it is skipped without being held in memory."""
 
 

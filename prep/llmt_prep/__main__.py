@@ -1,0 +1,5 @@
+"""`python -m llmt_prep` is `llmt-prep`."""
+
+from llmt_prep.cli import main
+
+main()

@@ -1,0 +1,222 @@
+"""Our reader against zarr's own, and what opening a dataset notices."""
+
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given
+from hypothesis import strategies as st
+from llmt_prep import arrays
+from llmt_shared.dataset import ChunkedArray, open_dataset
+from llmt_shared.errors import FormatError
+from llmt_shared.manifest import FileEntry, Manifest
+
+ROWS = [[3, 2], [5], [1, 1, 1], []]
+LENGTH = 6
+PER_SHARD = 3
+
+
+def write_tokens(path: Path, tokens: np.ndarray, per_shard: int) -> None:
+    arrays.write_metadata(path, tokens.shape, (per_shard, tokens.shape[1]), tokens.dtype)
+    for chunk, start in enumerate(range(0, len(tokens), per_shard)):
+        part = tokens[start : start + per_shard]
+        whole = np.zeros((per_shard, tokens.shape[1]), tokens.dtype)
+        whole[: len(part)] = part
+        arrays.write_chunk(path / "c" / str(chunk) / "0", whole)
+
+
+def write_dataset(path: Path, dtype: str = "uint16") -> Path:
+    """Four rows in two shards: tokens count up from 1, padding is 0; the last row holds nothing."""
+    lengths = [n for row in ROWS for n in row]
+    tokens = np.zeros((len(ROWS), LENGTH), dtype)
+    for row, sizes in zip(tokens, ROWS, strict=True):
+        row[: sum(sizes)] = np.arange(1, sum(sizes) + 1)
+    train = path / "train"
+    arrays.write_group(path, {})
+    arrays.write_group(train, {})
+    write_tokens(train / "tokens", tokens, PER_SHARD)
+    columns = {
+        "row_offsets": np.cumsum([0, *map(len, ROWS)]), "row_targets": [sum(n - 1 for n in row) for row in ROWS],
+        "segment_length": lengths, "segment_offset": [0] * len(lengths),
+        "segment_document": np.arange(len(lengths)) + 2**40, "segment_source": [0] * len(lengths),
+    }  # fmt: skip
+    dtypes = {"row_offsets": "int64", "segment_document": "uint64", "segment_source": "uint16"}
+    for name, values in columns.items():
+        column = np.array(values, dtypes.get(name, "uint32"))
+        arrays.write_column(train / name, [column], len(column), column.dtype.name)
+    seal(path)
+    return path
+
+
+def seal(path: Path) -> None:
+    files = sorted(each for each in path.rglob("*") if each.is_file() and each.name != "MANIFEST.json")
+    entries = [
+        FileEntry(
+            path=each.relative_to(path).as_posix(), bytes=each.stat().st_size,
+            sha256=hashlib.sha256(each.read_bytes()).hexdigest(),
+        ) for each in files
+    ]  # fmt: skip
+    segments, tokens = sum(map(len, ROWS)), sum(map(sum, ROWS))
+    manifest = Manifest.model_validate({
+        "format": 1, "kind": "pretrain", "length": LENGTH, "sources": ("web",), "recipe": "none",
+        "tokenizer": {"digest": "", "vocab_size": 9, "max_id": 8, "bos_id": None, "eos_id": None, "pad_id": None},
+        "splits": {"train": {"rows": 4, "segments": segments, "tokens": tokens, "targets": tokens - segments}},
+        "files": tuple(entries),
+    })  # fmt: skip
+    (path / "MANIFEST.json").write_text(manifest.model_dump_json())
+
+
+@pytest.fixture
+def dataset_path(tmp_path: Path) -> Path:
+    return write_dataset(tmp_path / "data")
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_zarr_reads_the_same_tokens(tmp_path, dtype):
+    path = write_dataset(tmp_path / "data", dtype)
+    plain = zarr.open_group(path, mode="r")["train/tokens"][:]
+    ours = open_dataset(path).train
+    assert plain.dtype == dtype
+    assert ours.token_dtype == dtype
+    assert np.array_equal(ours.tokens(range(4)), plain)
+
+
+def test_zarr_reads_the_same_columns(dataset_path):
+    train = zarr.open_group(dataset_path, mode="r")["train"]
+    table = open_dataset(dataset_path).train.segments(range(4))
+    assert np.array_equal(np.cumsum([0, *table.per_row]), train["row_offsets"][:])
+    for name in ("length", "offset", "document", "source"):
+        assert np.array_equal(getattr(table, name), train[f"segment_{name}"][:])
+
+
+@given(st.integers(0, 30), st.integers(1, 7), st.data())
+def test_slices_are_those_of_the_whole_array(length, chunk, data):
+    values = np.arange(length, dtype=np.int64) * 7
+    start, stop = data.draw(st.integers(-35, 35)), data.draw(st.integers(-35, 35))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "array"
+        arrays.write_metadata(path, (length,), (chunk,), values.dtype)
+        for number, first in enumerate(range(0, length, chunk)):
+            part = np.zeros(chunk, np.int64)
+            part[: len(values[first : first + chunk])] = values[first : first + chunk]
+            arrays.write_chunk(path / "c" / str(number), part)
+        ours, theirs = ChunkedArray(path), zarr.open_array(path, mode="r")
+        assert np.array_equal(ours[start:stop], values[start:stop])
+        assert np.array_equal(theirs[:], values)
+
+
+@given(st.lists(st.integers(0, 9), max_size=20))
+def test_rows_are_taken_in_the_order_asked_for(rows):
+    tokens = np.arange(40, dtype=np.uint16).reshape(10, 4)
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokens(Path(folder), tokens, 3)
+        assert np.array_equal(ChunkedArray(Path(folder)).take(rows), tokens[np.array(rows, int)])
+
+
+def test_a_row_is_expanded(dataset_path):
+    row = open_dataset(dataset_path).train[0]
+    assert row.tokens.tolist() == [1, 2, 3, 4, 5, 0]
+    assert row.segment_ids.tolist() == [1, 1, 1, 2, 2, 0]
+    assert row.position_ids.tolist() == [0, 1, 2, 0, 1, 0]
+    assert row.cu_seqlens.tolist() == [0, 3, 5, 6]
+    assert row.labels.tolist() == [2, 3, -100, 5, -100, -100]
+    assert row.segments.document.tolist() == [2**40, 2**40 + 1]
+
+
+def test_row_targets_are_the_labels_that_count(dataset_path):
+    train = open_dataset(dataset_path).train
+    assert train.row_targets[:].tolist() == [int((train[row].labels != -100).sum()) for row in range(len(train))]
+
+
+def test_segments_come_in_the_order_of_the_rows_asked_for(dataset_path):
+    table = open_dataset(dataset_path).train.segments([2, 3, 0])
+    assert table.per_row.tolist() == [3, 0, 2]
+    assert table.length.tolist() == [1, 1, 1, 3, 2]
+
+
+@pytest.mark.parametrize("row", [4, -1, 10**9])
+def test_a_row_that_is_not_there_is_an_index_error(dataset_path, row):
+    train = open_dataset(dataset_path).train
+    with pytest.raises(IndexError):
+        train.tokens([row])
+    with pytest.raises(IndexError):
+        train.segments([row])
+
+
+def test_what_a_caller_does_to_a_row_does_not_change_the_dataset(dataset_path):
+    train = open_dataset(dataset_path).train
+    train[0].tokens[:] = 9
+    train.row_targets[:][:] = 9
+    assert train[0].tokens.tolist() == [1, 2, 3, 4, 5, 0]
+    assert train.row_targets[0:1].tolist() == [3]
+
+
+def test_steps_are_not_supported(dataset_path):
+    with pytest.raises(ValueError, match="only plain slices"):
+        open_dataset(dataset_path).train.row_targets[::2]
+
+
+def test_nothing_held_out_has_no_validation(dataset_path):
+    assert open_dataset(dataset_path).validation is None
+
+
+def test_equal_content_has_an_equal_digest(tmp_path):
+    one, other = write_dataset(tmp_path / "one"), write_dataset(tmp_path / "other")
+    assert open_dataset(one).digest == open_dataset(other).digest
+    assert open_dataset(one).digest != open_dataset(write_dataset(tmp_path / "wide", "uint32")).digest
+
+
+def test_opening_notices_a_missing_a_truncated_and_an_oversized_file(dataset_path):
+    train = dataset_path / "train"
+    (train / "tokens" / "c" / "0" / "0").unlink()
+    for name, change in (("segment_length", b""), ("row_offsets", b"much longer" * 100)):
+        (train / name / "c" / "0").write_bytes(change)
+    with pytest.raises(FormatError) as error:
+        open_dataset(dataset_path)
+    assert [kind in str(error.value) for kind in ("missing", "truncated", "oversized")] == [True] * 3
+
+
+def test_opening_names_at_most_five_files(dataset_path):
+    for path in (dataset_path / "train").rglob("*"):
+        if path.is_file():
+            path.unlink()
+    with pytest.raises(FormatError, match=r"\(\d+ more\)"):
+        open_dataset(dataset_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"codecs": [{"name": "bytes", "configuration": {"endian": "big"}}, {"name": "crc32c"}]},
+        {"codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "zstd"}]},
+        {"codecs": None},
+        {"chunk_grid": {"name": "rectangular"}},
+        {"chunk_grid": []},
+    ],
+)
+def test_an_array_with_other_codecs_is_refused(dataset_path, change):
+    meta = dataset_path / "train" / "tokens" / "zarr.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | change))
+    seal(dataset_path)
+    with pytest.raises(FormatError, match=r"train/tokens"):
+        open_dataset(dataset_path)
+
+
+@pytest.mark.parametrize("key", ["shape", "data_type", "chunk_grid", "codecs"])
+def test_an_array_description_without_a_key_is_refused(dataset_path, key):
+    meta = dataset_path / "train" / "row_offsets" / "zarr.json"
+    meta.write_text(json.dumps({name: value for name, value in json.loads(meta.read_text()).items() if name != key}))
+    seal(dataset_path)
+    with pytest.raises(FormatError, match=r"zarr\.json"):
+        open_dataset(dataset_path)
+
+
+def test_a_chunk_that_is_too_short_to_map_is_a_format_error(dataset_path):
+    (dataset_path / "train" / "tokens" / "c" / "0" / "0").write_bytes(b"short")
+    seal(dataset_path)
+    with pytest.raises(FormatError, match="cannot be mapped"):
+        open_dataset(dataset_path).train.tokens([0])
