@@ -12,11 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import small_tokenizers
 import zarr
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
 from llmt_prep import arrays
 from llmt_prep.config import MixConfig
 from llmt_prep.pipeline import build_dataset
-from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 LENGTH = 48
 NASTY = "\x1b[31mred\x9b0m \u202e\x07 naïve 🙂 日本語 <|endoftext|> "

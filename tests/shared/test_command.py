@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+
 from llmt_shared import command
 from llmt_shared.errors import ConfigError, DataError, FormatError, LlmtError, Stopped
 

@@ -10,6 +10,7 @@ import pytest
 import zarr
 from hypothesis import given
 from hypothesis import strategies as st
+
 from llmt_prep import arrays
 from llmt_shared.dataset import ChunkedArray, open_dataset
 from llmt_shared.errors import FormatError

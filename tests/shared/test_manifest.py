@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
+
 from llmt_shared.errors import FormatError
 from llmt_shared.manifest import FileEntry, Manifest, read_manifest, wrong_files
-from pydantic import ValidationError
 
 CONTENT = {
     "format": 1, "kind": "pretrain", "length": 8, "sources": ["web"], "recipe": "none",

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+
 from llmt_shared import order
 
 seeds = st.integers(0, 2**63 - 1)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from llmt_shared.segments import IGNORE, Spans, count_targets, expand
 
 LENGTH = 12

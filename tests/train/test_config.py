@@ -56,7 +56,7 @@ model: {from_confg: {}}
 data: data/x
 batch: {tokens: -1, micro_row: 2}
 train: {steps: 10, epochs: 1}
-optim: {lr: 0, schedule: cosin, warmup: 300%}
+optim: {lr: 0, schedule: cosin, warmup: 300%, decay: 5}
 log: [jsonl, wandb]
 """
     lines = mistakes(tmp_path, text)
@@ -69,6 +69,7 @@ log: [jsonl, wandb]
     assert ["run.yaml:6", "optim.lr"] in starts
     assert ["run.yaml:6", "optim.warmup"] in starts
     assert ["run.yaml:7", "log.1"] in starts
+    assert any("decay belongs to schedule wsd" in line for line in lines)
     assert any("from_confg" in line and "did you mean 'from_config'?" in line for line in lines)
     assert any("did you mean 'cosine'?" in line for line in lines)
     assert any("did you mean 'micro_rows'?" in line for line in lines)

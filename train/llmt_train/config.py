@@ -1,11 +1,12 @@
 """What run.yaml may say. Every key is data: a number, a name or a path; nothing here names a class or runs code."""
 
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt, MinLen
-from pydantic import AfterValidator, Discriminator, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Tag
 
 from llmt_shared.config import Count, StrictModel
 
@@ -59,11 +60,11 @@ class TrainConfig(StrictModel):
     seed: Annotated[int, Ge(0)] = 42
     """Decides the order of rows, fresh weights and dropout."""
 
-    @model_validator(mode="after")
-    def _one_length(self) -> "TrainConfig":
-        if (self.epochs is None) == (self.steps is None):
-            raise ValueError("wanted one of `epochs` and `steps`")
-        return self
+    @classmethod
+    def conflicts(cls, given: Mapping[str, Any]) -> Iterator[str]:
+        """One of the two lengths, and only one."""
+        if (given.get("epochs") is None) == (given.get("steps") is None):
+            yield "wanted one of `epochs` and `steps`"
 
 
 class OptimConfig(StrictModel):
@@ -87,13 +88,14 @@ class OptimConfig(StrictModel):
     clip: Annotated[float, Gt(0)] | None = 1.0
     """Largest 2-norm of the whole gradient; a larger one is scaled down to it. `null` never clips."""
 
-    @model_validator(mode="after")
-    def _consistent(self) -> "OptimConfig":
-        if self.min_lr > self.lr:
-            raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}; wanted min_lr <= lr")
-        if self.decay is not None and self.schedule != "wsd":
-            raise ValueError(f"decay belongs to schedule wsd, not to {self.schedule}; remove `decay`")
-        return self
+    @classmethod
+    def conflicts(cls, given: Mapping[str, Any]) -> Iterator[str]:
+        """Keys that make sense only together."""
+        lr, min_lr, schedule = given.get("lr"), given.get("min_lr"), given.get("schedule", "cosine")
+        if isinstance(lr, int | float) and isinstance(min_lr, int | float) and min_lr > lr:
+            yield f"min_lr {min_lr} is above lr {lr}; wanted min_lr <= lr"
+        if given.get("decay") is not None and schedule != "wsd":
+            yield f"decay belongs to schedule wsd, not to {schedule}; remove `decay`"
 
 
 class EvalConfig(StrictModel):
