@@ -10,8 +10,8 @@ import sysconfig
 import tokenize
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-
 from pydoc_data.topics import topics
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 VOCABULARY = 2048

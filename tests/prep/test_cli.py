@@ -54,7 +54,6 @@ def test_no_command_and_no_reader_loads_torch(mix: dict[str, Any], corpus_dir: P
     pytest.importorskip("torch")
     import pyarrow as pa
     import pyarrow.parquet as pq
-
     from datasets import Dataset
 
     table = pa.table({"text": [f"document {i}" for i in range(40)]})
@@ -128,7 +127,12 @@ def _broken(mix: dict[str, Any], folder: Path) -> Iterator[tuple[str, dict[str, 
     yield "truncated gzip", source("cut.jsonl.gz", b"\x1f\x8b\x08\x00"), 1, "cut.jsonl.gz"
     yield "budget not met", source("small.jsonl", good, weight=1) | {"budget": "1M"}, 2, "sources.a"
     yield "weight without budget", source("w.jsonl", good, weight=1), 2, "`budget` is needed"
-    yield "control string", source("c.jsonl", b'{"text": "<|pad|>"}\n') | {"special_tokens_in_text": "error"}, 1, "c.jsonl:1"
+    yield (
+        "control string",
+        source("c.jsonl", b'{"text": "<|pad|>"}\n') | {"special_tokens_in_text": "error"},
+        1,
+        "c.jsonl:1",
+    )
 
 
 @pytest.mark.parametrize("case", range(12))
@@ -189,7 +193,7 @@ def _kill_and_resume(mix: dict[str, Any], folder: Path, kills: int) -> None:
     assert run("pack", "--mix", path, "--workers", "2").returncode == 0
     seconds = time.monotonic() - started
     reference = open_dataset(mix["output"]).digest
-    random = Random(0)  # noqa: S311
+    random = Random(0)
     for number in range(kills):
         output = folder / f"kill-{number}" / "data"
         arguments = ["pack", "--mix", str(path), f"output={output}", "--workers", "2"]

@@ -4,7 +4,6 @@ import json
 import re
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import small_datasets
@@ -164,7 +163,7 @@ def test_a_replacement_character_in_a_text_is_itself():
 
 def test_spaces_of_a_sentencepiece_tokenizer_are_kept():
     tokenizer = small_tokenizers.unigram()
-    text = "The quick brown fox jumps"
+    text = "he quick brown fox jumps over"
     assert "".join(pieces_of(tokenizer, tokenizer.encode(text).ids)) == text
 
 
@@ -187,6 +186,5 @@ def test_a_control_token_is_shown_by_its_name_and_ends_a_cut_character():
 
 def test_a_long_row_of_bytes_that_are_no_text_is_shown():
     tokenizer = small_tokenizers.byte_level_bpe()
-    byte = tokenizer.encode("é").ids[-1]
-    shown = pieces_of(tokenizer, np.full(100, byte).tolist())
-    assert "".join(shown) == "\\xa9" * 100
+    last_byte = tokenizer.encode("🙂").ids[-1]
+    assert "".join(pieces_of(tokenizer, [last_byte] * 100)) == "\\x82" * 100

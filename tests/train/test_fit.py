@@ -252,7 +252,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(data: Path, tmp_path
 
 
 def test_bf16_keeps_weights_and_optimizer_state_in_fp32(data: Path, tmp_path: Path) -> None:
-    model = {"from_config": LLAMA | {"initializer_range": 0.1}}  # large enough for the isolation probe to see in bf16
+    model = {"from_config": LLAMA}
     result = fit(make_config(data, tmp_path / "run", model, precision="bf16"))
     assert result.loss < 0.8 * math.log(WORDS)
     content = torch.load(Path(result.checkpoint) / checkpoints.WEIGHTS, weights_only=True)
@@ -305,6 +305,20 @@ def test_rotary_positions_must_only_serve_the_longest_segment(data: Path, tmp_pa
     assert "4 positions" in refused(make_config(data, tmp_path / "run", {"from_config": keys}))
     longest = LLAMA | {"max_position_embeddings": 15}
     assert fit(make_config(data, tmp_path / "fits", {"from_config": longest}, train={"steps": 1})).steps == 1
+
+
+@pytest.mark.parametrize(("original", "is_refused"), [(4, True), (15, False)])
+def test_rotary_factors_that_a_long_document_would_switch_for_its_neighbours_are_refused(
+    data: Path, tmp_path: Path, original: int, is_refused: bool
+) -> None:
+    factors = [1.0] * (LLAMA["hidden_size"] // LLAMA["num_attention_heads"] // 2)
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": factors, "long_factor": factors, "factor": 2.0}
+    keys = LLAMA | {"rope_parameters": rope | {"original_max_position_embeddings": original}}
+    config = make_config(data, tmp_path / "run", {"from_config": keys}, train={"steps": 1})
+    if is_refused:
+        assert f"longer than {original} tokens" in refused(config)
+    else:
+        assert fit(config).steps == 1
 
 
 def test_a_model_that_lets_documents_see_each_other_is_refused(data: Path, tmp_path: Path) -> None:

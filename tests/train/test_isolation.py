@@ -26,6 +26,17 @@ def test_autocast_passes():
     check_isolation(tiny("qwen3"), autocast=torch.bfloat16)
 
 
+@pytest.mark.parametrize("initializer_range", [0.02, 1e-3])
+def test_a_freshly_drawn_model_passes_in_bf16(initializer_range):
+    check_isolation(tiny("llama", initializer_range=initializer_range), autocast=torch.bfloat16)
+
+
+def test_one_document_instead_of_two_is_seen_in_bf16():
+    model = use(tiny("llama", initializer_range=0.02), "test-merged", leaking(lambda lengths: [sum(lengths)]))
+    with pytest.raises(ConfigError):
+        check_isolation(model, autocast=torch.bfloat16)
+
+
 @pytest.mark.parametrize("family", ["bloom", "mamba2"])
 def test_families_that_ignore_the_function_are_refused_by_name(family):
     with pytest.raises(ConfigError, match=rf"{family}: documents of a packed row see each other: changing the earlier"):

@@ -112,7 +112,9 @@ def _largest(difference: Tensor) -> float:
 
 def _judge(probe: _Probe, name: str, changed: str, watched: str, dtype: torch.dtype) -> None:
     rounding = 16 * torch.finfo(dtype).eps * probe.spread
-    if probe.leak <= 4 * rounding:
+    # Dense layers give the same numbers for the same shapes: an exact 0 is proof where a leak would show at all.
+    is_still = probe.moved == 0 and probe.leak > 0
+    if not is_still and probe.leak <= 4 * rounding:
         raise ConfigError(
             f"{name}: isolation cannot be checked: even in one document the first half moves the other's logits by "
             f"only {probe.leak:.1e}, which is rounding in {dtype}; draw larger weights (initializer_range) or load some"

@@ -7,6 +7,9 @@ from llmt_shared.errors import ConfigError
 
 _BLOCK = 1 << 20
 
+_BATCH_DEPENDENT = ("longrope", "dynamic")
+"""Rotary variants of transformers whose factors are switched by the longest position that they are given."""
+
 
 def check_positions(config: PretrainedConfig, split: Split, place: str) -> None:
     """Refuse segments longer than the model's positions.
@@ -17,6 +20,7 @@ def check_positions(config: PretrainedConfig, split: Split, place: str) -> None:
     Raises:
         ConfigError: naming both lengths.
     """
+    _check_rope(config, split, place)
     limit = getattr(config, "max_position_embeddings", None)
     if limit is None or split.length <= limit:
         return
@@ -27,6 +31,20 @@ def check_positions(config: PretrainedConfig, split: Split, place: str) -> None:
             f"{place}: the model has {limit} positions (max_position_embeddings), but the dataset's {what} are up to "
             f"{needed} tokens long; pack with sequence.length <= {limit}, or give the model more positions"
         )
+
+
+def _check_rope(config: PretrainedConfig, split: Split, place: str) -> None:
+    """Refuse rotary factors that the longest position of a batch chooses: a long document would change a short one."""
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in (ropes, *(each for each in ropes.values() if isinstance(each, dict))):
+        if rope.get("rope_type") not in _BATCH_DEPENDENT:
+            continue
+        original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        if split.length > original and longest_segment(split) > original:
+            raise ConfigError(
+                f"{place}: rope_type {rope['rope_type']!r} changes for every document of a row when one is longer than "
+                f"{original} tokens, and the dataset's longest segment is; pack with sequence.length <= {original}"
+            )
 
 
 def longest_segment(split: Split) -> int:

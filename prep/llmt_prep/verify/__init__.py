@@ -157,7 +157,7 @@ def _check_rows(
     expected = Expected(
         length=manifest.length,
         sources=manifest.sources,
-        max_id=manifest.tokenizer.max_id,
+        max_id=tokenizer.max_id if tokenizer else manifest.tokenizer.max_id,
         files=companions.files,
         surroundings=surroundings(mix, tokenizer) if mix and tokenizer else None,
         held_out=held_out,

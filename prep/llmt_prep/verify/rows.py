@@ -89,7 +89,7 @@ def check_rows(
         is_laid_out = not any(hit.code in ("F021", "F022") for hit in hits)
         if is_laid_out:
             hits += _token_hits(block, tokens[mine], expected)
-        is_wrong = np.asarray(row_targets[mine] != _targets(block))
+        is_wrong = row_targets[mine] != _targets(block)
         hits += in_rows("F024", block.first_row, is_wrong, "row_targets is not the targets of its segments")
         counted.targets += int(row_targets[mine].sum(dtype=np.int64))
         _count(counted, block, expected, keeps_documents)
@@ -122,10 +122,10 @@ def _token_hits(block: Block, tokens_RL: NDArray[np.integer], expected: Expected
     is_padding_RL = np.arange(expected.length) >= _real(block)[:, None]
     nonzero = (is_padding_RL & (tokens_RL != 0)).any(axis=1)
     yield from in_rows("F023", block.first_row, nonzero, "a token that is not 0 after the last segment")
-    unknown_RL = tokens_RL > expected.max_id
+    is_unknown = np.asarray((tokens_RL > expected.max_id).any(axis=1))
     too_large = f"token id {int(tokens_RL.max(initial=0))}; the tokenizer's largest is {expected.max_id}"
-    yield from in_rows("F041", block.first_row, unknown_RL.any(axis=1), too_large)
-    if expected.surroundings is not None and not unknown_RL.any():
+    yield from in_rows("F041", block.first_row, is_unknown, too_large)
+    if expected.surroundings is not None and not is_unknown.any():
         yield from special_token_hits(block, tokens_RL, is_padding_RL, expected.surroundings)
 
 
