@@ -18,7 +18,7 @@ from llmt_prep.scan import Block
 from llmt_shared.config import StrictModel
 from llmt_shared.dataset import Dataset, Split
 
-_SEGMENTS_AT_ONCE = 1 << 20
+_SEGMENTS_AT_ONCE = 1 << 18
 _QUANTILES = {"p5": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95}
 
 

@@ -34,7 +34,7 @@ class LoadedTokenizer:
     backend: Tokenizer
     """Truncation, padding and BPE dropout are off."""
     files: Mapping[str, bytes]
-    """Name and content, sorted by name."""
+    """Name and content, sorted by name; as they were, but for tokens given in their place."""
     digest: str
     """sha256 over the names and contents of ``files``."""
     bos_id: int | None
@@ -73,12 +73,12 @@ def load_tokenizer(
     folder, commit = _locate(spec, revision)
     files = _read_alone(folder) if folder.is_file() else _read_folder(spec, folder)
     backend = _backend(spec, files[BACKEND_FILE])
-    names = _named_tokens(spec, files)
-    ids = {role: backend.token_to_id(name) for role, name in names.items()}
+    given = {role: token for role, token in (("eos", eos_token), ("bos", bos_token)) if token is not None}
+    for role, token in given.items():
+        _require_token(spec, backend, role, token)
+    files = _with_tokens(spec, files, given)
+    ids = {role: backend.token_to_id(name) for role, name in _named_tokens(spec, files).items()}
     ids["unk"] = _unk_id(spec, files, backend, ids.get("unk"))
-    for role, token in (("eos", eos_token), ("bos", bos_token)):
-        if token is not None:
-            ids[role] = _require_token(spec, backend, role, token)
     control = _control_tokens(backend, ids)
     vocabulary = backend.get_vocab(with_added_tokens=True)
     return LoadedTokenizer(
@@ -180,15 +180,24 @@ def _unk_id(spec: str, files: Mapping[str, bytes], backend: Tokenizer, named: in
     return named
 
 
-def _require_token(spec: str, backend: Tokenizer, role: str, token: str) -> int:
-    token_id: int | None = backend.token_to_id(token)
-    if token_id is None:
+def _require_token(spec: str, backend: Tokenizer, role: str, token: str) -> None:
+    if backend.token_to_id(token) is None:
         special = [added.content for added in backend.get_added_tokens_decoder().values() if added.special]
         near = difflib.get_close_matches(token, special, n=1)
         hint = f", did you mean {near[0]!r}?" if near else ""
         known = f"; its special tokens: {', '.join(special[:12])}" if special else ""
         raise ConfigError(f"{spec}: {role}_token {token!r} is not in the vocabulary{hint}{known}")
-    return token_id
+
+
+def _with_tokens(spec: str, files: dict[str, bytes], given: Mapping[str, str]) -> dict[str, bytes]:
+    """The files with tokenizer_config.json naming the given tokens: an exported model must end where training did."""
+    named = _named_tokens(spec, files)
+    if all(named.get(role) == token for role, token in given.items()):
+        return files
+    name = "tokenizer_config.json"
+    config = _json(spec, name, files.get(name, b'{"tokenizer_class": "PreTrainedTokenizerFast"}'))
+    config |= {f"{role}_token": token for role, token in given.items()}
+    return dict(sorted({**files, name: json.dumps(config, indent=2, ensure_ascii=False).encode()}.items()))
 
 
 def _control_tokens(backend: Tokenizer, ids: Mapping[str, int | None]) -> dict[int, str]:

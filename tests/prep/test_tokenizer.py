@@ -180,3 +180,17 @@ def test_a_hub_id_is_pinned_to_its_commit_without_torch(tmp_path, monkeypatch):
     assert found == commit
     assert "nobody/nothing: no such folder, and the hub does not give it" in error
     assert heavy == "[]"
+
+
+def test_a_token_given_instead_reaches_the_files_and_loading_those_changes_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    byte_level_bpe().save(str(folder / "tokenizer.json"))
+    given = load_tokenizer(str(folder), eos_token="<|endoftext|>")
+    config = json.loads(given.files["tokenizer_config.json"])
+    assert config["eos_token"] == "<|endoftext|>"
+    for name, content in given.files.items():
+        (folder / name).write_bytes(content)
+    again = load_tokenizer(str(folder))
+    assert (again.digest, again.eos_id) == (given.digest, given.eos_id)
+    assert load_tokenizer(str(folder), eos_token="<|endoftext|>").digest == given.digest
