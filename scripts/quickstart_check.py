@@ -40,10 +40,11 @@ def check_losses(run: Path) -> list[str]:
     train = [line["loss"] for line in lines if "loss" in line]
     held_out = [line["eval"]["loss"] for line in lines if "eval" in line]
     last = mean(train[-NUM_LAST:])
-    print(f"training loss: {train[0]:.3f} at step 1, {last:.3f} over the last {NUM_LAST}: down {1 - last / train[0]:.1%}")
-    print(f"held-out loss: {held_out[0]:.3f} before, {held_out[-1]:.3f} after: down {1 - held_out[-1] / held_out[0]:.1%}")
+    down = 1 - last / train[0]
+    print(f"training loss: {train[0]:.3f} at step 1, {last:.3f} over the last {NUM_LAST} steps: down {down:.1%}")
+    print(f"held-out loss: {held_out[0]:.3f} before, {held_out[-1]:.3f} after")
     problems = []
-    if last > 0.6 * train[0]:
+    if down <= 0.4:
         problems.append("the training loss fell by less than 40 %")
     if held_out[-1] >= held_out[0]:
         problems.append("the held-out loss did not fall")

@@ -36,6 +36,11 @@ def run(function: Callable[..., Any], tasks: Sequence[Task], workers: int) -> It
     yield from _in_processes(function, tasks, min(workers, len(tasks)))
 
 
+def usable_cpus() -> int:
+    """CPUs that this process may use; where the system does not tell, those of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _in_processes(function: Callable[..., Any], tasks: Sequence[Task], workers: int) -> Iterator[tuple[int, Any]]:
     # spawn: forking a process that runs threads (tokenizers, numba, progress bar) can dead-lock the child
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)

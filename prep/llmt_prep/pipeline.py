@@ -5,7 +5,6 @@ The bytes of the dataset depend on the mix and the input alone: not on workers, 
 """
 
 import json
-import os
 import platform
 import socket
 import tempfile
@@ -78,14 +77,14 @@ def build_dataset(config: MixConfig, *, workers: int | None = None, force: bool 
         DataError: input that cannot be used.
         Stopped: the disk is full.
     """
-    workers = workers or config.workers or len(os.sched_getaffinity(0))
+    workers = workers or config.workers or executor.usable_cpus()
     with staging.locked(config.output):
         return _build(config, workers, force, rehash)
 
 
 def dry_run(config: MixConfig, *, workers: int | None = None, rehash: bool = False) -> Plan:
     """Plan without writing: tokens are counted in a temporary directory where the cache does not hold them."""
-    workers = workers or config.workers or len(os.sched_getaffinity(0))
+    workers = workers or config.workers or executor.usable_cpus()
     tokenizer = _tokenizer(config)
     inputs = find_inputs(config, _cache(config), workers, rehash=rehash, remember=False)
     with tempfile.TemporaryDirectory(prefix="llmt-dry-run-") as temporary:
