@@ -90,7 +90,7 @@ class Corpus:
         return _open(self.units[unit].directory)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)  # each of up to four maps costs a file descriptor, of which a process may have only 256
 def _open(directory: str) -> StoreUnit:
     return open_unit(Path(directory))
 
@@ -100,7 +100,12 @@ def save(corpus: Corpus, path: Path) -> None:
     durable.write(path, json.dumps([asdict(unit) for unit in corpus.units]))
 
 
-@lru_cache(maxsize=2)
 def load(path: Path, num_sources: int) -> Corpus:
     """Read a saved corpus; once in each process."""
+    return _load(path, num_sources, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=2)
+def _load(path: Path, num_sources: int, version: int) -> Corpus:
+    del version  # another corpus may come under the same name
     return Corpus(tuple(UnitEntry(**unit) for unit in json.loads(path.read_text())), num_sources)

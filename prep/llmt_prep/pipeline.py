@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,8 @@ from llmt_prep.shards import SplitTask, Totals
 from llmt_prep.stores import tokenize_inputs
 from llmt_prep.tokenizer import LoadedTokenizer, load_tokenizer
 from llmt_shared import __version__
-from llmt_shared.errors import ConfigError, DataError
-from llmt_shared.manifest import Manifest, read_manifest
+from llmt_shared.errors import ConfigError, DataError, FormatError
+from llmt_shared.manifest import NAME, Manifest, read_manifest, wrong_files
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,15 @@ def build_dataset(config: MixConfig, *, workers: int | None = None, force: bool 
     Raises:
         ConfigError: another dataset is there, another run works on it, or the mix cannot work.
         DataError: input that cannot be used.
+        FormatError: the dataset that is there is damaged.
         Stopped: the disk is full.
     """
     workers = workers or config.workers or executor.usable_cpus()
+    if config.output.is_symlink():  # a rename would replace the link, not the folder on the disk that it points at
+        config = config.model_copy(update={"output": config.output.resolve()})
     with staging.locked(config.output):
+        staging.recover(config.output)
+        _check_output(config.output)
         return _build(config, workers, force, rehash)
 
 
@@ -100,7 +105,7 @@ def _build(config: MixConfig, workers: int, force: bool, rehash: bool) -> Built:
         inputs = find_inputs(config, _cache(config), workers, rehash=rehash, remember=True)
     mix = resolved(config, inputs.commits, tokenizer.commit)
     recipe = recipe_of(mix, inputs.files, tokenizer.digest)
-    if (done := _finished(config, recipe, force)) is not None:
+    if not force and (done := _finished(config.output, recipe)) is not None:
         return done
     directory, is_resumed = staging.prepare(config.output, recipe)
     if is_resumed:
@@ -140,22 +145,26 @@ def _dtype(tokenizer: LoadedTokenizer) -> np.dtype[Any]:
     return np.dtype(np.uint16 if tokenizer.max_id <= np.iinfo(np.uint16).max else np.uint32)
 
 
-def _finished(config: MixConfig, recipe: str, force: bool) -> Built | None:
-    """The dataset where it is there already; an error where another is."""
-    if not config.output.exists():
+def _check_output(output: Path) -> None:
+    """Before hours of work: what cannot be replaced is not written over, with or without force."""
+    is_free = not output.exists() or (output.is_dir() and not any(output.iterdir()))
+    if not is_free and not (output / NAME).exists():
+        raise ConfigError(f"{output}: exists and is no dataset; wanted a new directory as `output`")
+
+
+def _finished(output: Path, recipe: str) -> Built | None:
+    """The dataset where it is there already; an error where another is, or where its files are not whole."""
+    if not (output / NAME).exists():
         return None
-    if (config.output / "MANIFEST.json").exists():
-        manifest, digest = read_manifest(config.output)
-        if manifest.recipe == recipe and not force:
-            return Built(config.output, manifest, digest, is_new=False)
-    elif not config.output.is_dir() or any(config.output.iterdir()):
-        raise ConfigError(f"{config.output}: exists and is no dataset; wanted a new directory as `output`")
-    if not force and any(config.output.iterdir()):
+    manifest, digest = read_manifest(output)
+    if manifest.recipe != recipe:
         raise ConfigError(
-            f"{config.output}: holds a finished dataset made from another mix, input or tokenizer; "
+            f"{output}: holds a finished dataset made from another mix, input or tokenizer; "
             f"choose another `output`, or --force to replace it"
         )
-    return None
+    if wrong := wrong_files(output, manifest):
+        raise FormatError(f"{wrong[0]}; copy the dataset again, or --force to make it again")
+    return Built(output, manifest, digest, is_new=False)
 
 
 def _check_lengths(config: MixConfig, corpus: Corpus) -> None:
@@ -245,10 +254,17 @@ def _run_report(started: str, clock: _Clock, workers: int, tokenizer: LoadedToke
         "engine": "tokenizers",
         "host": socket.gethostname(),
         "python": platform.python_version(),
-        "versions": {"llmt": __version__} | {name: version(name) for name in packages},
+        "versions": {"llmt": __version__} | {name: _version(name) for name in packages},
         "tokenizer_commit": tokenizer.commit,
     }
     return json.dumps(report, indent=1) + "\n"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # numba is not there for every Python
+        return None
 
 
 def summary(built: Built, as_json: bool) -> str:

@@ -89,9 +89,14 @@ def is_planned(directory: Path) -> bool:
     return (directory / "plan.json").exists()
 
 
-@lru_cache(maxsize=4)
 def load_rows(directory: Path) -> RowPlan:
-    """Map a plan."""
+    """Map a plan; once in each process."""
+    return _load_rows(directory, (directory / "plan.json").stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=4)
+def _load_rows(directory: Path, version: int) -> RowPlan:
+    del version  # another plan may come under the same name
     columns = {name: _map(directory / f"{name}.bin", dtype) for name, dtype in _COLUMNS.items()}
     tallies = tuple(Tally(**each) for each in json.loads((directory / "plan.json").read_text()))
     return RowPlan(_map(directory / "offsets.bin", "<i8"), **columns, tallies=tallies)

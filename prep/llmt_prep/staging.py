@@ -1,7 +1,8 @@
 """Where a dataset grows before it is finished, and who may work there.
 
-`NAME.staging/` lies beside the output: `data/` is what will be renamed, everything else (plan, rows, journal) goes
-with the directory when the dataset is done. `NAME.lock` names the one process that works on this output.
+`NAME.staging/` lies beside the output: `data/` is what will be renamed, everything else (plan, rows, journal, an older
+dataset that is replaced) goes with the directory when the dataset is done. `NAME.lock` names the one process that works
+on this output. Both are ours only if we made them: what a user keeps under these names is left alone.
 """
 
 import fcntl
@@ -17,6 +18,11 @@ from pathlib import Path
 from llmt_prep import durable
 from llmt_shared.errors import ConfigError
 
+_NOTE = "recipe.json"
+_REPLACED = "replaced"
+_OURS = {_NOTE, _REPLACED, "corpus.json", "rows", "journal", "data"}
+_HOLDER = "process "
+
 
 def staging_of(output: Path) -> Path:
     """Return the directory in which the dataset grows."""
@@ -28,7 +34,7 @@ def locked(output: Path) -> Iterator[None]:
     """Hold the lock of an output; the kernel drops it when the process ends, however it ends.
 
     Raises:
-        ConfigError: another process holds it; the message names which.
+        ConfigError: another process holds it, and the message names which; the file is not one of ours.
     """
     path = output.parent / f"{output.name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,9 +58,12 @@ def _acquire(path: Path) -> int:
         if _is_same_file(path, descriptor):
             break
         os.close(descriptor)  # the holder before us removed the file between our open and our lock
+    if os.pread(descriptor, len(_HOLDER), 0) not in (b"", _HOLDER.encode()):
+        os.close(descriptor)
+        raise ConfigError(f"{path}: is no lock file of llmt-prep, but the lock needs this name; move it away")
     os.ftruncate(descriptor, 0)
     started = time.strftime("%Y-%m-%d %H:%M:%S")
-    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}, since {started}\n".encode())
+    os.write(descriptor, f"{_HOLDER}{os.getpid()} on {socket.gethostname()}, since {started}\n".encode())
     return descriptor
 
 
@@ -65,17 +74,40 @@ def _is_same_file(path: Path, descriptor: int) -> bool:
         return False
 
 
+def recover(output: Path) -> None:
+    """Put right what a kill left: give back an older dataset, remove what `publish` had no time to remove.
+
+    Raises:
+        ConfigError: a folder that no run made has the name of the staging directory.
+    """
+    staging = staging_of(output)
+    if not staging.exists():
+        return
+    strangers = sorted(path.name for path in staging.iterdir() if path.name not in _OURS and path.suffix != ".tmp")
+    if strangers:
+        raise ConfigError(
+            f"{staging}: holds {strangers[0]!r}, which is not of llmt-prep, but the dataset grows under this name; "
+            f"move it away, or choose another `output`"
+        )
+    has_data = (staging / "data").exists()
+    if has_data and (staging / _REPLACED).exists() and not output.exists():
+        (staging / _REPLACED).rename(output)
+    is_published = not has_data and (staging / "journal").exists()  # a journal without its data would be believed
+    if is_published or not (staging / _NOTE).exists():
+        _discard(staging)
+
+
 def prepare(output: Path, recipe: str) -> tuple[Path, bool]:
     """Return the staging directory for a recipe, and whether it already holds work on the same recipe.
 
     Work on another recipe is removed: it is derived from the tokenized input, which the cache keeps.
     """
     staging = staging_of(output)
-    note = staging / "recipe.json"
+    note = staging / _NOTE
     if note.exists() and json.loads(note.read_text())["recipe"] == recipe:
         return staging, True
     if staging.exists():
-        shutil.rmtree(staging)
+        _discard(staging)
     staging.mkdir(parents=True)
     durable.write(note, json.dumps({"recipe": recipe}))
     return staging, False
@@ -84,16 +116,19 @@ def prepare(output: Path, recipe: str) -> tuple[Path, bool]:
 def publish(output: Path) -> None:
     """Give the finished dataset its name, in one rename, and remove what only building it needed.
 
-    An older dataset of that name is moved away first and removed last.
+    An older dataset of that name is moved into the staging directory first; `recover` gives it back where a kill comes
+    before the second rename.
     """
     staging = staging_of(output)
-    old = output.parent / f"{output.name}.old"
-    if old.exists():
-        shutil.rmtree(old)
     if output.exists():
-        output.rename(old)
+        output.rename(staging / _REPLACED)
     (staging / "data").rename(output)
     durable.sync_directory(output.parent)
+    _discard(staging)
+
+
+def _discard(staging: Path) -> None:
+    """Remove a staging directory; its note goes first, so that no half-removed one is gone on with."""
+    (staging / _NOTE).unlink(missing_ok=True)
+    durable.sync_directory(staging)
     shutil.rmtree(staging)
-    if old.exists():
-        shutil.rmtree(old)
