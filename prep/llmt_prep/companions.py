@@ -20,7 +20,7 @@ from llmt_shared.manifest import Manifest
 _WAY_OUT = "run `llmt-prep verify`, and copy the dataset again or pack it again"
 _COLUMNS = {
     "source": pa.string(), "path": pa.string(), "bytes": pa.uint64(), "sha256": pa.string(),
-    "first_document": pa.uint64(),
+    "first_document": pa.uint64(), "records": pa.uint64(),
 }  # fmt: skip
 
 
@@ -31,7 +31,9 @@ class InputFiles(NamedTuple):
     """[F] name of the source."""
     path: list[str]
     first_document: NDArray[np.uint64]
-    """[F] provenance number of the file's record 0; ascending."""
+    """[F] provenance number of the file's record 0."""
+    num_records: int
+    """Lines and rows of all files; provenance numbers are below it."""
 
 
 class Place(NamedTuple):
@@ -57,10 +59,10 @@ def read_files(dataset: Path) -> InputFiles:
     found = {field.name: field.type for field in table.schema}
     if found != _COLUMNS or any(column.null_count for column in table.columns):
         raise FormatError(f"{path}: columns {', '.join(found)}; wanted {', '.join(_COLUMNS)} without nulls; {_WAY_OUT}")
-    first = table["first_document"].to_numpy()
-    if not len(first) or first[0] != 0 or (first[1:] < first[:-1]).any():
-        raise FormatError(f"{path}: first_document does not start at 0 and ascend; {_WAY_OUT}")
-    return InputFiles(table["source"].to_pylist(), table["path"].to_pylist(), first)
+    first, records = table["first_document"].to_numpy(), table["records"].to_numpy()
+    if not len(first) or (first != np.cumsum(records) - records).any():
+        raise FormatError(f"{path}: first_document is not the number of records of the files before; {_WAY_OUT}")
+    return InputFiles(table["source"].to_pylist(), table["path"].to_pylist(), first, int(records.sum()))
 
 
 def place_of(files: InputFiles, document: int) -> Place:

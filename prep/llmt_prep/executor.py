@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any
 
 from llmt_shared.errors import DataError
@@ -45,7 +46,8 @@ def _in_processes(function: Callable[..., Any], tasks: Sequence[Task], workers: 
     # spawn: forking a process that runs threads (tokenizers, numba, progress bar) can dead-lock the child
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
     try:
-        index_of: dict[Future[Any], int] = {pool.submit(function, *task): i for i, task in enumerate(tasks)}
+        with _interrupts_waiting():
+            index_of: dict[Future[Any], int] = {pool.submit(function, *task): i for i, task in enumerate(tasks)}
         for future in as_completed(index_of):
             yield index_of.pop(future), future.result()
     except BrokenProcessPool:
@@ -59,6 +61,16 @@ def _in_processes(function: Callable[..., Any], tasks: Sequence[Task], workers: 
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_waiting() -> Iterator[None]:
+    """Hold Ctrl-C back while workers start: they inherit this, and else show a traceback before they can ignore it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker() -> None:

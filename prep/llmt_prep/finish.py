@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,9 @@ def write_companions(
         durable.write(data / "tokenizer" / name, content)
     sources = list(mix["sources"])
     first_document = {(unit.source, unit.path): unit.file_document for unit in corpus.units}
+    records = Counter[tuple[int, str]]()
+    for index, unit in enumerate(corpus.units):
+        records[unit.source, unit.path] += corpus.open_unit(index).meta.lines
     table = pa.table(
         {
             "source": [sources[file.source] for file in files],
@@ -54,6 +58,7 @@ def write_companions(
             "bytes": pa.array([file.bytes for file in files], pa.uint64()),
             "sha256": [file.sha256 for file in files],
             "first_document": pa.array([first_document[file.source, file.path] for file in files], pa.uint64()),
+            "records": pa.array([records[file.source, file.path] for file in files], pa.uint64()),
         }
     )
     with durable.writing(data / "files.parquet") as out:

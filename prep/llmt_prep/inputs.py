@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from stat import S_ISREG
 
 from llmt_prep import documents, durable, executor
 from llmt_prep.config import MixConfig, SourceConfig
 from llmt_prep.documents import Reading, Unit
 from llmt_prep.progress import stage
+from llmt_prep.staging import staging_of
 from llmt_shared.errors import ConfigError, DataError
 
 
@@ -53,7 +56,7 @@ def find_inputs(config: MixConfig, cache: Path, workers: int, *, rehash: bool, r
         remember: write down what was hashed.
 
     Raises:
-        ConfigError: a pattern matches nothing, or a file cannot be read.
+        ConfigError: a pattern matches nothing, a file cannot be read, or it is one that packing itself writes.
     """
     found: list[tuple[int, Path]] = []
     commits: dict[str, str] = {}
@@ -63,6 +66,7 @@ def find_inputs(config: MixConfig, cache: Path, workers: int, *, rehash: bool, r
         else:
             paths = documents.find_files(source.path, reading_of(config, source))
         found += [(index, path) for path in paths]
+    _refuse_own_files(config, cache, found)
     known = _remembered(cache / "files.json")
     files = _with_hashes(found, {} if rehash else known, workers)
     if remember:
@@ -102,11 +106,26 @@ def _with_hashes(found: list[tuple[int, Path]], known: dict[str, str], workers: 
     return [replace(file, sha256=sha256) for file, sha256 in zip(files, hashes, strict=True)]
 
 
+def _refuse_own_files(config: MixConfig, cache: Path, found: list[tuple[int, Path]]) -> None:
+    """A source that holds the output would be another source on every run."""
+    own = [os.path.abspath(folder) + os.sep for folder in (config.output, staging_of(config.output), cache)]
+    for _, path in found:
+        if os.path.abspath(path).startswith(tuple(own)):
+            raise ConfigError(
+                f"{path}: would be packed, but is packing's own; keep `output` and `cache` out of sources"
+            )
+
+
 def _stat(source: int, path: Path) -> InputFile:
     try:
+        os.fspath(path).encode()
         stat = path.stat()
+        if not S_ISREG(stat.st_mode):
+            raise ConfigError(f"{path}: is a pipe or device; wanted a file, which can be read twice: write it to disk")
         with path.open("rb"):
             pass
+    except UnicodeEncodeError:
+        raise ConfigError(f"{os.fspath(path)!r}: the file's name is not UTF-8; rename the file") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     return InputFile(source, str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino, "")
@@ -118,7 +137,7 @@ def _identity(file: InputFile) -> str:
 
 def _remembered(index: Path) -> dict[str, str]:
     try:
-        known: dict[str, str] = json.loads(index.read_text())
+        known = json.loads(index.read_text())
     except (OSError, ValueError):
         return {}  # a missing or torn index costs hashing again, nothing else
-    return known
+    return known if isinstance(known, dict) else {}

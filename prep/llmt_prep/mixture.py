@@ -217,7 +217,8 @@ def _available(source: Source) -> int:
     if tokens == 0:
         raise DataError(
             f"sources.{source.name}: none of its {len(source.landing):,} documents has a token that lands in a row "
-            f"(the others are empty, held out or quarantined); check its path and field, or remove it"
+            f"(the others are empty, held out or quarantined; `overflow: drop` leaves out those longer than a row); "
+            f"check its path and field, make rows longer, or remove it"
         )
     return tokens
 

@@ -6,16 +6,17 @@ tokenizer and how documents begin and end. So another row length, mixture or see
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llmt_prep import documents, durable, executor
 from llmt_prep.config import MixConfig, tolerated
 from llmt_prep.corpus import Corpus, UnitEntry
 from llmt_prep.documents import Reading, Unit
-from llmt_prep.inputs import InputFile, Inputs, reading_of
+from llmt_prep.inputs import InputFile, Inputs, check_unchanged, reading_of
 from llmt_prep.progress import stage
 from llmt_prep.report import escaped
 from llmt_prep.store import UnitMeta, open_unit, read_quarantine
@@ -37,6 +38,8 @@ class TokenizeTask:
     tokenizer: tuple[str, str | None, str | None]
     """Folder, EOS token and BOS token."""
     directory: str
+    file: InputFile
+    """Where the unit lies, as it was when it was hashed."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +78,18 @@ def tokenize_inputs(
     places = _places(config, inputs, tokenizer, settings, cache, known)
     _tokenize_missing(config, inputs, places, (str(folder), said.eos_token, said.bos_token), workers)
     metas = [open_unit(place.directory).meta for place in places]
-    _check_bad(config, inputs, places, metas)
+    _check_bad(config, inputs, places, metas, np.ones(len(config.sources)))
     return _corpus(inputs.files, places, metas, len(config.sources))
 
 
 def run_task(task: TokenizeTask) -> UnitMeta:
-    """Tokenize one unit; in any process."""
-    return tokenize_unit(task.unit, task.reading, _loaded(*task.tokenizer), task.settings, Path(task.directory))
+    """Tokenize one unit; in any process.
+
+    A unit's name says what its file held when it was hashed: of a file that has changed since, none may appear.
+    """
+    tokenizer, directory = _loaded(*task.tokenizer), Path(task.directory)
+    check = partial(check_unchanged, (task.file,))
+    return tokenize_unit(task.unit, task.reading, tokenizer, task.settings, directory, check)
 
 
 @lru_cache(maxsize=1)
@@ -129,32 +137,50 @@ def _tokenize_missing(
     tokenizer: tuple[str, str | None, str | None],
     workers: int,
 ) -> None:
-    sources = list(config.sources.values())
     missing = {place.directory: place for place in places if not place.directory.exists()}
     todo = list(missing.values())
-    tasks = [
-        (TokenizeTask(p.unit, reading_of(config, sources[p.source]), _settings(config), tokenizer, str(p.directory)),)
-        for p in todo
-    ]
+    tasks = [(_task(config, inputs.files[place.file], place, tokenizer),) for place in todo]
     sizes = [_size(place.unit, inputs.files[place.file]) for place in todo]
+    in_all = np.bincount([place.source for place in todo], sizes, len(config.sources))
+    read = np.zeros(len(config.sources))
     seen: list[tuple[_Place, UnitMeta]] = []
     with stage("tokenize", sum(sizes), "bytes") as advance:
         for done, meta in executor.run(run_task, tasks, workers):
             advance(sizes[done])
             seen.append((todo[done], meta))
+            read[todo[done].source] += sizes[done]
             if meta.quarantined >= _MANY_BAD:  # a wrong field must not cost a night
-                _check_bad(config, inputs, *zip(*seen, strict=True))
+                done_places, metas = zip(*seen, strict=True)
+                _check_bad(config, inputs, done_places, metas, in_all / np.maximum(read, 1))
+
+
+def _task(
+    config: MixConfig, file: InputFile, place: _Place, tokenizer: tuple[str, str | None, str | None]
+) -> TokenizeTask:
+    reading = reading_of(config, list(config.sources.values())[place.source])
+    return TokenizeTask(place.unit, reading, _settings(config), tokenizer, str(place.directory), file)
 
 
 def _size(unit: Unit, file: InputFile) -> int:
-    return min(unit.stop - unit.start, file.bytes) if unit.reader in ("jsonl", "text") else file.bytes
+    return min(unit.stop - unit.start, file.bytes) if unit.reader != "parquet" else file.bytes
 
 
-def _check_bad(config: MixConfig, inputs: Inputs, places: Sequence[_Place], metas: Sequence[UnitMeta]) -> None:
+def _check_bad(
+    config: MixConfig,
+    inputs: Inputs,
+    places: Sequence[_Place],
+    metas: Sequence[UnitMeta],
+    growth: NDArray[np.float64],
+) -> None:
+    """Raise when a source has too many bad records.
+
+    ``growth`` says of each source how many times as many records there are in all, as far as bytes tell: what comes
+    first may be bad though the whole is not, and whether a run stops must not depend on which worker is first.
+    """
     for source, name in enumerate(config.sources):
         mine = [(place, meta) for place, meta in zip(places, metas, strict=True) if place.source == source]
         records, bad = (sum(getattr(meta, key) for _, meta in mine) for key in ("records", "quarantined"))
-        if bad > tolerated(config.max_bad, records):
+        if bad > tolerated(config.max_bad, int(records * growth[source])):
             lines = _examples(inputs, [place for place, meta in mine if meta.quarantined])
             raise DataError(
                 f"sources.{name}: {bad} of {records} records cannot be used; max_bad allows {config.max_bad}. "

@@ -40,7 +40,12 @@ class TextSettings:
 
 
 def tokenize_unit(
-    unit: Unit, reading: Reading, tokenizer: LoadedTokenizer, settings: TextSettings, directory: Path
+    unit: Unit,
+    reading: Reading,
+    tokenizer: LoadedTokenizer,
+    settings: TextSettings,
+    directory: Path,
+    check: Callable[[], None] = lambda: None,
 ) -> UnitMeta:
     """Write one unit of the token store.
 
@@ -50,6 +55,7 @@ def tokenize_unit(
         tokenizer: its backend's `encode_special_tokens` is set to what the settings ask for.
         settings: BOS, EOS and control strings.
         directory: the folder to make; it appears whole or not at all.
+        check: called when all is read; what it raises keeps the unit from appearing.
 
     Raises:
         ConfigError: BOS or EOS is wanted and the tokenizer has none.
@@ -69,6 +75,7 @@ def tokenize_unit(
                 raise DataError(_control_string_message(unit, marked[0], find(marked[0].text)))
             counts["documents_with_control_strings"] += len(marked)
             _write(writer, counts, _tokenize(tokenizer.backend, batch, forbidden, surround))
+        check()
         meta = UnitMeta(**{name: counts[name] for name in _COUNTED}, dtype=dtype.name)
         writer.finish(meta)
     return meta

@@ -41,6 +41,7 @@ class LoadedTokenizer:
     eos_id: int | None
     pad_id: int | None
     unk_id: int | None
+    """What the model makes of text that it does not know; ``None`` where it knows all."""
     adds_bos: bool
     """The tokenizer itself puts BOS before a text."""
     control_ids: frozenset[int]
@@ -78,7 +79,7 @@ def load_tokenizer(
         _require_token(spec, backend, role, token)
     files = _with_tokens(spec, files, given)
     ids = {role: backend.token_to_id(name) for role, name in _named_tokens(spec, files).items()}
-    ids["unk"] = _unk_id(spec, files, backend, ids.get("unk"))
+    ids["unk"] = _unk_id(spec, files, backend)
     control = _control_tokens(backend, ids)
     vocabulary = backend.get_vocab(with_added_tokens=True)
     return LoadedTokenizer(
@@ -169,15 +170,18 @@ def _named_tokens(spec: str, files: Mapping[str, bytes]) -> dict[str, str]:
     return named
 
 
-def _unk_id(spec: str, files: Mapping[str, bytes], backend: Tokenizer, named: int | None) -> int | None:
-    """The id that the model itself gives to what it does not know, whatever the configuration calls it."""
+def _unk_id(spec: str, files: Mapping[str, bytes], backend: Tokenizer) -> int | None:
+    """The id that the model itself gives to what it does not know.
+
+    What the configuration calls it does not count: of many byte-level tokenizers, which know every text, it is EOS.
+    """
     model = _json(spec, BACKEND_FILE, files[BACKEND_FILE]).get("model") or {}
     if isinstance(model.get("unk_id"), int):
         return int(model["unk_id"])
     if isinstance(model.get("unk_token"), str):
         unk_id: int | None = backend.token_to_id(model["unk_token"])
         return unk_id
-    return named
+    return None
 
 
 def _require_token(spec: str, backend: Tokenizer, role: str, token: str) -> None:

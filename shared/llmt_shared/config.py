@@ -63,7 +63,8 @@ class StrictModel(BaseModel):
 def _again(mistake: ErrorDetails) -> InitErrorDetails:
     """A reported mistake in the form in which it can be raised again."""
     ctx, kind = mistake.get("ctx", {}), mistake["type"]
-    custom = PydanticCustomError(kind, "{text}", ctx) if kind == "conflict" else kind
+    is_known = "url" in mistake  # of others, such as a path's, pydantic takes back only the message
+    custom = kind if is_known else PydanticCustomError(kind, "{text}", {"text": mistake["msg"]})
     return InitErrorDetails(type=custom, loc=mistake["loc"], input=mistake["input"], ctx=ctx)
 
 
@@ -120,7 +121,7 @@ def _apply_override(document: CommentedMap, override: str) -> None:
         raise ConfigError(f"command line: {override!r} is not an override; wanted key.sub=value, such as optim.lr=3e-4")
     try:
         value = YAML(typ="rt", pure=True).load(text)
-    except YAMLError:
+    except (YAMLError, ValueError):  # a ValueError is of something like a date that does not exist
         raise ConfigError(f"command line: {key}: {text!r} is not valid YAML") from None
     *parents, last = key.split(".")
     node: Any = document
@@ -169,7 +170,8 @@ def _message(model: type[BaseModel], location: Location, mistake: Any) -> str:
         return str(mistake["ctx"]["error"])
     if kind == "conflict":
         return str(mistake["ctx"]["text"])
-    wanted = mistake["msg"].removeprefix("Input should be ").removeprefix("a ")
+    message = "a path" if kind == "path_type" else mistake["msg"]
+    wanted = message.removeprefix("Input should be ").removeprefix("a ")
     if kind in ("literal_error", "union_tag_invalid"):
         choices = re.findall(r"'([^']*)'", str(mistake.get("ctx", {}).get("expected", "") or mistake["msg"]))
         return f"{found!r} is not one of {', '.join(choices)}{_nearest(str(found), choices)}"

@@ -102,10 +102,10 @@ def read_manifest(directory: Path) -> tuple[Manifest, str]:
 
 
 def _why_missing(directory: Path) -> str:
-    if not directory.exists():
-        return f"{directory}: no such dataset; `llmt-prep pack --mix mix.yaml` makes one"
     if (directory.parent / f"{directory.name}.staging").exists():
         return f"{directory}: unfinished; run the same `llmt-prep pack` again to finish it"
+    if not directory.exists():
+        return f"{directory}: no such dataset; `llmt-prep pack --mix mix.yaml` makes one"
     return f"{directory}: holds no {NAME}, so it is no finished dataset; wanted the `output` of `llmt-prep pack`"
 
 

@@ -402,6 +402,25 @@ def test_globs_folders_and_files_give_each_file_once(tmp_path):
     assert names(find_files(patterns, JSONL), tmp_path) == ["[odd].txt", "a.jsonl", "b/c.jsonl", "b/d.txt"]
 
 
+def test_a_link_to_a_folder_gives_no_file_twice(tmp_path):
+    touch(tmp_path / "v1/a.jsonl")
+    (tmp_path / "v1/here").symlink_to(".")
+    (tmp_path / "latest").symlink_to("v1")
+    assert names(find_files([str(tmp_path)], JSONL), tmp_path) == ["latest/a.jsonl"]
+
+
+def test_relative_and_absolute_are_one_file(tmp_path, monkeypatch):
+    touch(tmp_path / "a.jsonl")
+    monkeypatch.chdir(tmp_path)
+    assert len(find_files(["a.jsonl", str(tmp_path / "a.jsonl")], JSONL)) == 1
+
+
+def test_a_dead_link_in_a_folder_is_not_passed_over(tmp_path):
+    touch(tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl").symlink_to("nowhere")
+    assert names(find_files([str(tmp_path)], JSONL), tmp_path) == ["a.jsonl", "b.jsonl"]
+
+
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [

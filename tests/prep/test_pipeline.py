@@ -280,3 +280,32 @@ def test_rows_of_131072_tokens_and_a_document_of_megabytes(mix: dict[str, Any], 
     built = build(mix)
     (copy,) = _documents_of(zarr.open(built.path / "train"))[0]
     assert Tokenizer.from_file(mix["tokenizer"] + "/tokenizer.json").decode(copy) == text
+
+
+def test_more_files_than_a_process_may_open_are_read(mix: dict[str, Any], tmp_path: Path) -> None:
+    import resource
+
+    for number in range(300):
+        (tmp_path / f"{number}.txt").write_text(f"the file of number {number}")
+    mix |= {"sources": {"many": {"path": str(tmp_path / "*.txt")}}}
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        assert build(mix).is_new
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_real_text_comes_back_and_fills_its_rows(mix: dict[str, Any], real_data: Path) -> None:
+    source = real_data / "wikitext2-test.txt"
+    mix |= {"sources": {"wiki": {"path": str(source), "record": "line"}}, "holdout": {"fraction": 0}, "seed": 1}
+    built = build(mix)
+    tokenizer = Tokenizer.from_file(mix["tokenizer"] + "/tokenizer.json")
+    tokenizer.encode_special_tokens = True
+    lines = source.read_text("utf-8").split("\n")
+    found = _documents_of(zarr.open(built.path / "train", mode="r"))
+    assert sorted(found) == [number for number, line in enumerate(lines) if line.strip()]
+    for number, copies in found.items():
+        assert copies == [[*tokenizer.encode(lines[number], add_special_tokens=False).ids, EOS]]
+    split = built.manifest.splits["train"]
+    assert split.tokens / (split.rows * 256) > 0.99

@@ -124,6 +124,6 @@ def test_force_in_one_process_gives_what_a_fresh_one_gives(mix: dict[str, Any]) 
 def test_a_damaged_dataset_is_named_and_replaced_by_force(mix: dict[str, Any], name: str) -> None:
     digest = build(mix).digest
     os.truncate(Path(mix["output"]) / name, 10)
-    with pytest.raises(FormatError, match="damaged|truncated"):
+    with pytest.raises(FormatError, match=r"damaged|truncated"):
         build(mix)
     assert build(mix, force=True).digest == digest

@@ -87,6 +87,12 @@ def test_control_tokens_are_the_special_ones_and_the_named_ones(tmp_path):
     assert loaded.control_ids == {0, 1, tokenizer.token_to_id("<end>")}
 
 
+def test_an_eos_that_the_configuration_calls_unknown_too_stays_a_control_token(tmp_path):
+    loaded = load_tokenizer(str(save(byte_level_bpe(), tmp_path, eos_token=EOT, unk_token=EOT)))  # as Pythia's
+    assert loaded.eos_id in loaded.control_ids
+    assert EOT in loaded.control_tokens
+
+
 @pytest.mark.parametrize(("build", "unk"), [(word_piece, "[UNK]"), (unigram, "<unk>")])
 def test_the_unknown_token_is_no_control_token(tmp_path, build, unk):
     loaded = load_tokenizer(str(save(build(), tmp_path)))

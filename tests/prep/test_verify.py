@@ -206,6 +206,7 @@ def add_to(place: Any, value: int) -> Callable[[np.ndarray], None]:
         ("train/segment_source", set_item(2, 3), "F025"),
         ("train/segment_source", set_item(2, 2**16 - 1), "F025"),
         ("train/segment_document", set_item(2, 2**64 - 1), "F025"),
+        ("train/segment_document", set_item(-1, 10**6), "F025"),
         ("train/segment_offset", add_to(6, 1), "F044"),
         ("train/tokens", set_item((1, 0), 9999), "F041"),
         ("train/tokens", set_item((1, 5), 1), "F042"),

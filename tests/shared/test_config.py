@@ -29,6 +29,7 @@ class Cosine(StrictModel):
 
 class Config(StrictModel):
     seed: int
+    place: Path | None = None
     mode: Literal["fast", "exact"] = "fast"
     budget: Count = 0
     cache: Bytes = 0
@@ -172,13 +173,18 @@ def test_what_is_no_override_is_told(tmp_path, override):
     assert "is not an override; wanted key.sub=value" in line
 
 
+def test_a_path_that_is_none_is_told(tmp_path):
+    assert mistakes(tmp_path, "seed: 1\nplace: 5\n") == ["run.yaml:2: place: found 5; wanted path"]
+
+
 def test_an_override_below_a_value_is_told(tmp_path):
     [line] = mistakes(tmp_path, "seed: 1\n", "seed.sub=2")
     assert line.startswith("command line: seed.sub: 'seed' is a ")
 
 
-def test_an_override_that_is_no_yaml_is_told(tmp_path):
-    [line] = mistakes(tmp_path, "seed: 1\n", "name=[1")
+@pytest.mark.parametrize("value", ["[1", "2024-99-99"])
+def test_an_override_that_is_no_yaml_is_told(tmp_path, value):
+    [line] = mistakes(tmp_path, "seed: 1\n", f"name={value}")
     assert line.startswith("command line: name: ")
 
 

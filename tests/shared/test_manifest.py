@@ -84,8 +84,7 @@ def test_a_directory_without_manifest_says_how_to_get_one(tmp_path):
 
 
 def test_an_unfinished_dataset_says_how_to_finish_it(tmp_path):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data.staging").mkdir()
+    (tmp_path / "data.staging").mkdir()  # the dataset itself appears when it is finished
     with pytest.raises(FormatError, match="unfinished; run the same"):
         read_manifest(tmp_path / "data")
 

@@ -2,9 +2,14 @@
 
 import errno
 import json
+import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from llmt_shared.errors import ConfigError, FormatError, Stopped
 from llmt_train import checkpoints
@@ -81,6 +86,78 @@ def test_the_newest_stay(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000010", "step-00000011"]
 
 
+def test_a_torn_checkpoint_takes_no_whole_ones_place(tmp_path: Path) -> None:
+    whole, torn = save(tmp_path, 5), save(tmp_path, 6)
+    (torn / checkpoints.WEIGHTS).write_bytes(b"")
+    checkpoints.prune(tmp_path, 1)
+    assert list((tmp_path / "checkpoints").iterdir()) == [whole]
+
+
+def test_what_is_no_checkpoint_is_never_removed(tmp_path: Path) -> None:
+    folder = save(tmp_path, 5)
+    notes, mine = folder.parent / "step-notes.txt", folder.parent / "step-mine"
+    notes.write_text("mine")
+    mine.mkdir()
+    checkpoints.prune(tmp_path, 1)
+    assert set(folder.parent.iterdir()) == {folder, notes, mine}
+
+
+def test_weights_go_straight_to_their_place(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "no such folder"))
+    file = checkpoints.WeightsFile()
+    file.save_checkpoint({"a": torch.arange(3)}, tmp_path / "weights")
+    assert file.load_checkpoint(tmp_path / "weights")["a"].tolist() == [0, 1, 2]
+
+
+def test_a_full_disk_is_an_oserror_and_not_torchs_own(tmp_path: Path) -> None:
+    code = f"""
+import resource, torch
+from llmt_train.checkpoints import WeightsFile
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+try:
+    WeightsFile().save_checkpoint({{"a": torch.zeros(100_000)}}, {str(tmp_path / "weights")!r})
+except OSError as error:
+    print(error.errno)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.stdout.strip() == str(errno.EFBIG), done.stderr
+
+
+class Trap:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = str(folder)
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (self.folder,)
+
+
+def test_a_checkpoint_that_holds_code_is_refused_and_runs_nothing(tmp_path: Path) -> None:
+    torch.save({"state_dict": {}, "trap": Trap(tmp_path / "sprung")}, tmp_path / "weights")
+    with pytest.raises(FormatError, match="something else than tensors and plain data"):
+        checkpoints.read_weights(tmp_path / "weights")
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04" + bytes(100)])
+def test_a_damaged_weights_file_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "weights").write_bytes(content)
+    with pytest.raises(FormatError, match=r"weights: cannot be read"):
+        checkpoints.read_weights(tmp_path / "weights")
+
+
+def test_files_are_copied_at_any_depth_and_an_error_is_the_systems(tmp_path: Path) -> None:
+    (tmp_path / "a" / "deep").mkdir(parents=True)
+    (tmp_path / "a" / "deep" / "x").write_text("1")
+    checkpoints.copy_files(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b" / "deep" / "x").read_text() == "1"
+    (tmp_path / "c").write_text("a file")
+    with pytest.raises(OSError) as caught:  # noqa: PT011  the number is looked at
+        checkpoints.copy_files(tmp_path / "a", tmp_path / "c")
+    assert caught.value.errno is not None
+
+
 def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(tmp_path: Path) -> None:
     older = save(tmp_path, 1)
 
@@ -106,7 +183,8 @@ def test_a_path_means_itself_or_the_newest_of_its_run(tmp_path: Path) -> None:
 
 
 def test_the_same_run_may_resume(tmp_path: Path) -> None:
-    checkpoints.check_resumable(save(tmp_path, 2), make_state(2), CONFIG, MODEL | {"transformers_version": "6.0"})
+    newer = MODEL | {"transformers_version": "6.0", "key_of_a_later_release": 1}
+    checkpoints.check_resumable(save(tmp_path, 2), make_state(2), CONFIG, newer)
 
 
 def test_settings_that_change_no_result_may_change(tmp_path: Path) -> None:

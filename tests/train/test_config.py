@@ -84,6 +84,12 @@ log: [jsonl, wandb]
         ("optim.betas=[0.9, 1.0]", "less than 1"),
         ("batch.tokens=1.5", "whole number"),
         ("train.seed=-1", "greater than or equal to 0"),
+        ("train.seed=9007199254740992", "less than 9007199254740992"),
+        ("train={epochs: .inf}", "finite"),
+        ("optim.lr=.inf", "finite"),
+        ("optim.betas=[.nan, 0.9]", "finite"),
+        ("output=data/x/run", "lies in the dataset"),
+        ("output=./data/../data/x", "lies in the dataset"),
         ("model=''", "at least 1"),
     ],
 )
@@ -104,3 +110,7 @@ def test_the_shipped_config_is_valid_and_short() -> None:
     path = Path(__file__).parents[2] / "configs" / "train" / "pretrain.yaml"
     assert load_config(path, RunConfig).task == "pretrain"
     assert len(path.read_text().splitlines()) <= 25
+
+
+def test_a_mistake_inside_a_model_is_named_by_its_keys(tmp_path: Path) -> None:
+    assert mistakes(tmp_path, GOOD, "model.from_config={}")[0].startswith("command line: model.from_config: found {}")

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from train.tiny_dataset import WORDS, write_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmt_shared.errors import ConfigError, FormatError
+from llmt_shared.errors import ConfigError, DataError, FormatError
 from llmt_train import export as export_module
 from llmt_train.config import RunConfig
 from llmt_train.export import export, load_checkpoint_model
@@ -152,12 +153,55 @@ def test_the_check_notices_wrong_weights_and_writes_nothing(run: Path, tmp_path:
 def test_the_check_notices_a_wrong_tokenizer(run: Path, tmp_path: Path, monkeypatch) -> None:
     class Wrong:
         @staticmethod
-        def from_pretrained(path: Path):
+        def from_pretrained(path: Path, trust_remote_code: bool):
             return lambda text: {"input_ids": [0]}
 
     monkeypatch.setattr(export_module, "AutoTokenizer", Wrong)
-    with pytest.raises(FormatError, match="AutoTokenizer gives"):
+    with pytest.raises(FormatError, match=r"AutoTokenizer builds .*PreTrainedTokenizerFast\.from_pretrained"):
         export(run, tmp_path / "model", check=True)
+
+
+def test_a_checkpoint_or_the_working_folder_is_never_replaced(run: Path, tmp_path: Path, monkeypatch) -> None:
+    folder = shutil.copytree(run, tmp_path / "run") / "checkpoints" / "step-00000002"
+    with pytest.raises(ConfigError, match="is a checkpoint"):
+        export(folder, folder, force=True)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ConfigError, match="name a folder"):
+        export(folder, Path())
+
+
+def changed(run: Path, folder: Path, name: str, **keys: object) -> Path:
+    """A copy of the run whose checkpoint has further keys in one of its JSON files."""
+    checkpoint = shutil.copytree(run, folder) / "checkpoints" / "step-00000002"
+    path, state = checkpoint / name, json.loads((checkpoint / "state.json").read_text())
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+    state["files"][name] = path.stat().st_size
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    return checkpoint
+
+
+def test_generation_settings_that_transformers_would_not_save_are_kept(run: Path, tmp_path: Path) -> None:
+    source = changed(run, tmp_path / "run", "generation_config.json", temperature=0.6, do_sample=False)
+    export(source, tmp_path / "model", check=True)
+    written = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    assert (written["temperature"], written["eos_token_id"]) == (0.6, WORDS - 1)
+
+
+def test_no_code_is_named_that_is_not_there(run: Path, tmp_path: Path) -> None:
+    source = changed(run, tmp_path / "run", "config.json", auto_map={"AutoModelForCausalLM": "evil.Model"})
+    export(source, tmp_path / "model", check=True)
+    assert "auto_map" not in (tmp_path / "model" / "config.json").read_text()
+
+
+def test_weights_that_cannot_be_written_are_named(run: Path, tmp_path: Path, monkeypatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    with pytest.raises(DataError, match=r"cannot be written: I/O error: No space left"):
+        export(run, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_checkpoint_whose_parts_do_not_fit_is_named(run: Path, tmp_path: Path) -> None:

@@ -345,3 +345,33 @@ def test_two_runs_never_share_a_folder(data: Path, tmp_path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(ConfigError, match="another run is writing"):
             fit(make_config(data, tmp_path / "run"))
+
+
+def test_a_folder_of_something_else_is_left_alone(data: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "run" / "tokenizer" / "tokenizer.json"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    for force in (False, True):
+        with pytest.raises(ConfigError, match="holds tokenizer of something else"):
+            fit(make_config(data, tmp_path / "run"), force=force)
+    assert mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize("damage", ["removed", b"\xff\xfe", b"3\n"])
+def test_a_finished_run_whose_metrics_have_gone_is_still_finished(data: Path, tmp_path: Path, damage: Any) -> None:
+    config = make_config(data, tmp_path / "run", train={"steps": 1})
+    fit(config)
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.unlink() if damage == "removed" else path.write_bytes(damage)
+    result = fit(config)
+    assert (result.steps, result.loss, result.resumed_from) == (1, None, 1)
+    assert fit(make_config(data, tmp_path / "run", train={"steps": 2})).loss is not None
+
+
+def test_a_held_out_document_needs_its_positions_too(tmp_path: Path, monkeypatch) -> None:
+    from llmt_train import positions
+
+    data = write_dataset(tmp_path / "data")
+    monkeypatch.setattr(positions, "longest_segment", lambda split: 12 if split.path.name == "validation" else 4)
+    keys = LLAMA | {"max_position_embeddings": 8}
+    assert "up to 12 tokens" in refused(make_config(data, tmp_path / "run", {"from_config": keys}))

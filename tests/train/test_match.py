@@ -69,6 +69,12 @@ def test_a_model_folder_without_tokenizer_has_no_map(tmp_path: Path) -> None:
     assert model_token_ids(str(tmp_path)) is None
 
 
+def test_a_folder_may_be_in_the_users_home(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    assert model_token_ids("~/model") is None
+
+
 def test_a_name_that_is_neither_folder_nor_hub_id_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="neither a folder nor a hub id"):
         model_token_ids(str(tmp_path / "no" / "such" / "folder"))

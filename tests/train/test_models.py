@@ -172,6 +172,25 @@ def test_damaged_weights_are_refused(tmp_path):
         load_model(str(tmp_path))
 
 
+def test_weights_of_another_shape_are_named(tmp_path):
+    model = tiny("llama")
+    state = model.state_dict() | {"model.norm.weight": torch.ones(3)}
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(
+        ConfigError, match=r"model\.norm\.weight is \[3\] in \*\.safetensors, but \[64\] by config\.json"
+    ):
+        load_model(str(tmp_path))
+
+
+def test_a_library_that_a_folder_needs_is_named(tmp_path):
+    tiny("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"cannot be loaded in this folder: .*bitsandbytes"):
+        load_model(str(tmp_path))
+
+
 def test_weights_that_are_not_there_are_not_drawn_in_silence(tmp_path):
     model = tiny("llama")
     state = {name: tensor for name, tensor in model.state_dict().items() if "q_proj" not in name}

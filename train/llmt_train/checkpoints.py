@@ -8,7 +8,9 @@ model's config.json, the versions it was made with, and `state.json`, which also
 import errno
 import json
 import os
+import pickle
 import platform
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +18,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from pydantic import Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
@@ -82,6 +86,58 @@ def save_checkpoint(
     return final
 
 
+class WeightsFile(TorchCheckpointIO):
+    """Lightning's file, written where it belongs.
+
+    Lightning's own writer builds the file in memory and takes it through the system's temporary folder, which may be
+    too small, lie on another disk, and keeps what a kill leaves there.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write; raises OSError where the system refuses."""
+        del storage_options
+        try:
+            with Path(path).open("wb") as file:
+                torch.save(checkpoint, file)
+        except RuntimeError as error:
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
+        """Read into memory; see `read_weights`."""
+        del map_location, weights_only
+        return read_weights(Path(path))
+
+
+def read_weights(path: Path, *, mmap: bool = False) -> dict[str, Any]:
+    """Return the content of a trainer's checkpoint, on the CPU; nothing in it can run code.
+
+    Args:
+        path: the file.
+        mmap: leave the tensors on the disk until they are used.
+
+    Raises:
+        FormatError: it is damaged, or holds more than tensors and plain containers.
+    """
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError:
+        reason = "it holds something else than tensors and plain data"
+    except (OSError, RuntimeError, ValueError, EOFError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    else:
+        return content
+    raise FormatError(f"{path}: cannot be read: {reason}; remove this step's folder, and the one before it serves")
+
+
+def copy_files(source: Path, target: Path) -> None:
+    """Copy a folder's files over another's, at any depth; `shutil.copytree` would hide why one cannot be written."""
+    for path in sorted(source.rglob("*")):
+        if path.is_file():
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+
+
 @contextmanager
 def stopped_by_full_disk(run_dir: Path) -> Iterator[None]:
     """Turn a full disk (or quota) into `Stopped`: the newest checkpoint is whole, so the run can go on from it."""
@@ -101,8 +157,13 @@ def stopped_by_full_disk(run_dir: Path) -> Iterator[None]:
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
     """Return the newest complete checkpoint of a run; torn ones (killed, truncated) are passed over."""
-    folders = sorted((run_dir / _FOLDER).glob("step-*"), reverse=True)
-    return next((folder for folder in folders if _is_complete(folder)), None)
+    return next((folder for folder in _folders(run_dir) if _is_complete(folder)), None)
+
+
+def _folders(run_dir: Path) -> list[Path]:
+    """Folders named as checkpoints are, newest first."""
+    named = [path for path in (run_dir / _FOLDER).glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
+    return sorted(filter(Path.is_dir, named), key=lambda path: int(path.name[5:]), reverse=True)
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -168,10 +229,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def prune(run_dir: Path, keep: int) -> None:
-    """Remove all but the ``keep`` newest checkpoints, and what killed runs left of unfinished ones."""
-    folders = sorted((run_dir / _FOLDER).glob("step-*"), reverse=True)
-    for folder in [*folders[keep:], *(run_dir / _FOLDER).glob(".step-*.partial")]:
-        shutil.rmtree(folder)
+    """Remove all but the ``keep`` newest complete checkpoints, and what killed runs left of unfinished ones."""
+    folders = _folders(run_dir)
+    kept = [folder for folder in folders if _is_complete(folder)][:keep]  # a torn one must not take a whole one's place
+    for folder in [*folders, *(run_dir / _FOLDER).glob(".step-*.partial")]:
+        if folder not in kept:
+            shutil.rmtree(folder)
 
 
 def check_resumable(folder: Path, state: State, config: Mapping[str, Any], model_config: Mapping[str, Any]) -> None:
@@ -194,8 +257,8 @@ def check_resumable(folder: Path, state: State, config: Mapping[str, Any], model
         *_changed_settings(read_config(folder), config),
     ]
     before, now = _comparable(read_json(folder, MODEL_CONFIG)), _comparable(model_config)
-    for key in sorted(before.keys() | now.keys()):
-        differences += _difference(f"model's {key}", before.get(key), now.get(key))
+    for key in sorted(before.keys() & now.keys()):  # another release of transformers may have further keys
+        differences += _difference(f"model's {key}", before[key], now[key])
     if differences:
         raise ConfigError(
             f"{folder}: cannot resume, because this is another run now:\n  " + "\n  ".join(differences) + "\n"
@@ -232,8 +295,6 @@ def _comparable(model_config: Mapping[str, Any]) -> dict[str, Any]:
 
 def environment() -> dict[str, Any]:
     """Return the versions that a checkpoint was made with."""
-    import torch
-
     names = ("llmt", "torch", "lightning", "transformers", "tokenizers", "numpy")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     versions = {name: _version(name) for name in names}

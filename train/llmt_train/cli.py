@@ -75,7 +75,7 @@ def fit(
         typer.echo(json.dumps(asdict(result)))
         return
     held_out = "" if result.eval_loss is None else f", held out {result.eval_loss:.4f}"
-    losses = f"loss {result.loss:.4f}{held_out}"
+    losses = ("loss unknown (no metrics.jsonl)" if result.loss is None else f"loss {result.loss:.4f}") + held_out
     typer.echo(f"{result.steps} steps, {result.tokens:,} tokens: {losses} -> {result.checkpoint}")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt, MinLen
-from pydantic import AfterValidator, Discriminator, Tag
+from pydantic import AfterValidator, ConfigDict, Discriminator, Tag
 
 from llmt_shared.config import Count, StrictModel
 
@@ -36,8 +36,8 @@ class FromConfig(StrictModel):
 
 
 Model = Annotated[
-    Annotated[str, MinLen(1), Tag("text")] | Annotated[FromConfig, Tag("from_config")],
-    Discriminator(lambda value: "text" if isinstance(value, str) else "from_config"),
+    Annotated[str, MinLen(1), Tag("text")] | Annotated[FromConfig, Tag("fresh")],
+    Discriminator(lambda value: "text" if isinstance(value, str) else "fresh"),
 ]
 
 
@@ -53,11 +53,13 @@ class BatchConfig(StrictModel):
 class TrainConfig(StrictModel):
     """How long to train, and the seed of everything random in training."""
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     epochs: Annotated[float, Gt(0)] | None = None
     """Passes over the training rows; excludes `steps`."""
     steps: PositiveInt | None = None
     """Optimizer steps; excludes `epochs`."""
-    seed: Annotated[int, Ge(0)] = 42
+    seed: Annotated[int, Ge(0), Lt(1 << 53)] = 42
     """Decides the order of rows, fresh weights and dropout."""
 
     @classmethod
@@ -69,6 +71,8 @@ class TrainConfig(StrictModel):
 
 class OptimConfig(StrictModel):
     """AdamW (Loshchilov and Hutter 2019) and its learning rate over the run."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     lr: Annotated[float, Gt(0)]
     """Largest learning rate."""
@@ -136,6 +140,15 @@ class RunConfig(StrictModel):
     save: SaveConfig = SaveConfig()
     log: tuple[Literal["jsonl", "tensorboard"], ...] = ("jsonl",)
     """metrics.jsonl is written always."""
+
+    @classmethod
+    def conflicts(cls, given: Mapping[str, Any]) -> Iterator[str]:
+        """A run keeps out of its dataset, which is read-only and has a folder named tokenizer too."""
+        data, output = given.get("data"), given.get("output")
+        if isinstance(data, str | Path) and isinstance(output, str | Path):
+            dataset, run = Path(data).resolve(), Path(output).resolve()
+            if run == dataset or dataset in run.parents:
+                yield f"output {output} lies in the dataset {data}; wanted a folder of its own"
 
 
 def resolve_steps(value: int | str, total: int) -> int:

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from llmt_shared.errors import ConfigError, FormatError
+from llmt_shared.errors import ConfigError, DataError, FormatError
 from llmt_train import checkpoints
 from llmt_train.attention import NAME, register
 from llmt_train.batch import collate
@@ -49,6 +50,7 @@ def export(source: Path, directory: Path, *, check: bool = False, force: bool = 
     Raises:
         ConfigError: ``directory`` holds something.
         FormatError: the checkpoint is damaged, or the check failed; ``directory`` is then not written.
+        DataError: the weights cannot be written, as on a full disk.
     """
     checkpoint = checkpoints.find_checkpoint(source)
     _check_target(directory, force)
@@ -73,10 +75,10 @@ def load_checkpoint_model(checkpoint: Path) -> Any:
         FormatError: the weights are not those of the config beside them.
     """
     register()
-    config = AutoConfig.from_pretrained(checkpoint)
+    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     classes: Any = AutoModelForCausalLM
-    model = classes.from_config(config, attn_implementation=NAME, dtype=torch.float32)
-    content = torch.load(checkpoint / checkpoints.WEIGHTS, map_location="cpu", weights_only=True, mmap=True)
+    model = classes.from_config(config, attn_implementation=NAME, dtype=torch.float32, trust_remote_code=False)
+    content = checkpoints.read_weights(checkpoint / checkpoints.WEIGHTS, mmap=True)
     weights = {
         name.removeprefix("model."): tensor
         for name, tensor in content["state_dict"].items()
@@ -91,6 +93,10 @@ def load_checkpoint_model(checkpoint: Path) -> Any:
 
 
 def _check_target(directory: Path, force: bool) -> None:
+    if not directory.name:
+        raise ConfigError(f"{directory}: cannot be replaced by a new folder; name a folder to write")
+    if (directory / "state.json").exists():
+        raise ConfigError(f"{directory}: is a checkpoint; choose a new folder")
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return
     if not force:
@@ -105,9 +111,17 @@ def _write(model: Any, checkpoint: Path, directory: Path) -> None:
         raise FormatError(f"{tokenizer}: no tokenizer.json; a checkpoint is exported from inside its run's folder")
     directory.mkdir(parents=True)
     model.config.use_cache = True  # training switches it off
-    model.generation_config = GenerationConfig.from_dict(checkpoints.read_json(checkpoint, "generation_config.json"))
-    model.save_pretrained(directory)
-    shutil.copytree(tokenizer, directory, dirs_exist_ok=True)
+    model.config.__dict__.pop("auto_map", None)  # it names code that is not exported; transformers' own was trained
+    generation_class: Any = GenerationConfig
+    model.generation_config = generation_class()
+    try:
+        model.save_pretrained(directory)
+    except SafetensorError as error:
+        raise DataError(f"{directory}: the weights cannot be written: {error}") from None
+    # Not by `save_pretrained`, which refuses settings that published models have (a temperature without sampling).
+    generation = generation_class.from_dict(checkpoints.read_json(checkpoint, "generation_config.json"))
+    generation.to_json_file(directory / "generation_config.json")
+    checkpoints.copy_files(tokenizer, directory)
     _name_tokenizer_class(directory / "tokenizer_config.json")
 
 
@@ -119,7 +133,6 @@ def _name_tokenizer_class(path: Path) -> None:
 
 
 def _rename(temporary: Path, directory: Path) -> None:
-    directory.parent.mkdir(parents=True, exist_ok=True)
     if directory.exists():
         shutil.rmtree(directory)
     temporary.rename(directory)
@@ -128,7 +141,7 @@ def _rename(temporary: Path, directory: Path) -> None:
 def _check(model: Any, directory: Path) -> float:
     """Compare the folder, as plain transformers loads it, with the model in memory; return the largest difference."""
     _check_tokenizer(directory)
-    plain: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    plain: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=False)
     plain.eval()
     alone, packed = _probe(model, plain)
     difference = (alone - packed).abs().max().item()
@@ -158,8 +171,14 @@ def _probe(model: Any, plain: Any) -> tuple[Tensor, Tensor]:
 
 def _check_tokenizer(directory: Path) -> None:
     """Plain transformers must tokenize as the tokenizer that packed the dataset."""
-    loaded, bare = AutoTokenizer.from_pretrained(directory), Tokenizer.from_file(str(directory / "tokenizer.json"))
+    loaded = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    bare = Tokenizer.from_file(str(directory / "tokenizer.json"))
     for text in _PROBE_TEXTS:
         found, wanted = loaded(text)["input_ids"], bare.encode(text).ids
         if found != wanted:
-            raise FormatError(f"{directory}: AutoTokenizer gives {found} for {text!r}, but tokenizer.json {wanted}")
+            raise FormatError(
+                f"{directory}: AutoTokenizer builds {type(loaded).__name__}, which gives {found} for {text!r}, but "
+                f"tokenizer.json gives {wanted}: transformers puts its own rules above the file for this model type. "
+                "Export without --check and load the tokenizer with PreTrainedTokenizerFast.from_pretrained, or train "
+                "another model type"
+            )

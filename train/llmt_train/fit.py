@@ -37,6 +37,10 @@ from llmt_train.progress import Reporter
 from llmt_train.quiet import quiet_lightning, quiet_transformers
 from llmt_train.stopping import StopRequest
 
+_FOLDERS = ("checkpoints", "tokenizer", "tensorboard")
+"""What a run makes in its output, beside metrics.jsonl and the lock file."""
+_LOCK = ".lock"
+
 
 @dataclass(frozen=True)
 class FitResult:
@@ -47,8 +51,8 @@ class FitResult:
     steps: int
     tokens: int
     """Tokens of the rows consumed, padding included."""
-    loss: float
-    """Of the last step."""
+    loss: float | None
+    """Of the last step; ``None`` where metrics.jsonl has gone."""
     eval_loss: float | None
     """On the validation split after the last step; ``None`` without one."""
     resumed_from: int | None
@@ -100,7 +104,8 @@ def _checked_model(config: RunConfig, dataset: Dataset) -> Any:
     model = load_model(spec, seed=config.train.seed)
     max_id = dataset.manifest.tokenizer.max_id
     check_max_id(max_id, model.get_input_embeddings().weight.shape[0], place)
-    check_positions(model.config, dataset.train, place)
+    for split in filter(None, (dataset.train, dataset.validation)):
+        check_positions(model.config, split, place)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     autocast = torch.bfloat16 if _uses_bf16(config) else None
     check_isolation(model.to(device), attention=config.attention, autocast=autocast)
@@ -155,7 +160,7 @@ def _train(
     start: Path | None,
     step: int,
 ) -> None:
-    shutil.copytree(dataset.tokenizer_dir, config.output / "tokenizer", dirs_exist_ok=True)
+    checkpoints.copy_files(dataset.tokenizer_dir, config.output / "tokenizer")
     with ExitStack() as stack:
         metrics = MetricsFile(config.output, step)
         stack.callback(metrics.close)
@@ -202,7 +207,7 @@ def _trainer(config: RunConfig, plan: Plan, callback: StepCallback, step: int) -
     return pl.Trainer(
         accelerator="cuda" if torch.cuda.is_available() else "cpu",
         devices=1,
-        plugins=[LightningEnvironment()],  # one process, whatever scheduler started it
+        plugins=[LightningEnvironment(), checkpoints.WeightsFile()],  # one process, whatever scheduler started it
         precision="bf16-mixed" if _uses_bf16(config) else "32-true",
         max_steps=plan.total_steps,
         max_epochs=-1,
@@ -245,7 +250,7 @@ def _describe(config: RunConfig, dataset: Dataset, plan: Plan, model: Any, step:
 
 def _result(config: RunConfig, plan: Plan, resumed_from: int | None) -> FitResult:
     records = read_metrics(config.output)
-    last = next(record for record in reversed(records) if "loss" in record)
+    loss = next((record["loss"] for record in reversed(records) if "loss" in record), None)
     evaluation = next((record["eval"] for record in reversed(records) if "eval" in record), None)
     newest = checkpoints.newest_checkpoint(config.output)
     return FitResult(
@@ -253,7 +258,7 @@ def _result(config: RunConfig, plan: Plan, resumed_from: int | None) -> FitResul
         checkpoint=str(newest),
         steps=plan.total_steps,
         tokens=plan.total_rows * plan.length,
-        loss=last["loss"],
+        loss=loss,
         eval_loss=evaluation["loss"] if evaluation else None,
         resumed_from=resumed_from,
     )
@@ -266,7 +271,7 @@ def _last_step(run_dir: Path) -> int:
 
 def _remove_run(run_dir: Path) -> None:
     """Remove what a run writes, by name: the folder may hold other things."""
-    for name in ("checkpoints", "tokenizer", "tensorboard"):
+    for name in _FOLDERS:
         shutil.rmtree(run_dir / name, ignore_errors=True)
     (run_dir / METRICS).unlink(missing_ok=True)
 
@@ -278,7 +283,10 @@ def _locked(run_dir: Path) -> Iterator[None]:
         run_dir.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise ConfigError(f"output: {run_dir} is no folder; wanted a folder for this run") from None
-    with (run_dir / ".lock").open("a") as file:
+    foreign = [name for name in _FOLDERS if (run_dir / name).exists()]
+    if foreign and not any((run_dir / name).exists() for name in (_LOCK, METRICS)):
+        raise ConfigError(f"output: {run_dir} holds {' and '.join(foreign)} of something else; choose another folder")
+    with (run_dir / _LOCK).open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

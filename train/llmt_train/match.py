@@ -55,10 +55,11 @@ def check_max_id(max_id: int, num_embeddings: int, place: str) -> None:
 
 def model_token_ids(model: str) -> dict[str, int] | None:
     """Return token -> id of a model folder's or hub id's tokenizer.json; ``None`` where it has none."""
-    path = Path(model) / "tokenizer.json"
+    folder = Path(model).expanduser()
+    path = folder / "tokenizer.json"
     if path.exists():
         return read_token_ids(path)
-    if Path(model).exists():
+    if folder.exists():
         return None
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -38,15 +38,18 @@ class MetricsFile:
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """Return the whole lines of a run's metrics.jsonl; a line that a kill cut short ends the list."""
+    """Return the records of a run's metrics.jsonl, up to the first line that is none, as a kill may have cut it."""
     try:
-        lines = (directory / NAME).read_text().splitlines()
+        lines = (directory / NAME).read_text(errors="replace").splitlines()
     except FileNotFoundError:
         return []
     records = []
     for line in lines:
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             break
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            break
+        records.append(record)
     return records

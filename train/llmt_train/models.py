@@ -88,13 +88,20 @@ def _pretrained(name: str, dtype: torch.dtype) -> Any:
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, with their names
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         where = "in this folder" if path.is_dir() else "from the hub (nor is there such a folder)"
         raise ConfigError(
             f"model: {name}: cannot be loaded {where}: {_first_line(error)}; wanted a causal language model with its "
             "weights in *.safetensors and no code of its own"
         ) from error
+    if loading["mismatched_keys"]:
+        key, found, wanted = sorted(loading["mismatched_keys"])[0]
+        raise ConfigError(
+            f"model: {name}: {key} is {list(found)} in *.safetensors, but {list(wanted)} by config.json; "
+            "wanted a config.json and weights that belong together"
+        )
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""

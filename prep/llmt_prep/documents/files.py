@@ -21,7 +21,7 @@ _LINE_READERS = ("jsonl", "text")
 
 
 def find_files(patterns: Sequence[str], reading: Reading) -> list[Path]:
-    """Return the files that the patterns mean, sorted and each once.
+    """Return the files that the patterns mean, sorted and each once: also where a link leads back to its own folder.
 
     A pattern is a file, a glob (``**`` is recursive), a folder (its files of known suffixes at any depth, without
     hidden ones) or a folder that ``datasets`` saved. With a reader given, a folder is searched for that reader's
@@ -31,7 +31,11 @@ def find_files(patterns: Sequence[str], reading: Reading) -> list[Path]:
         ConfigError: a pattern matches nothing, or names a file whose suffix says nothing while the reader is `auto`.
     """
     found = {os.path.normpath(path) for pattern in patterns for path in _match(os.path.expanduser(pattern), reading)}
-    return [Path(path) for path in sorted(found)]
+    folders = {folder: os.path.realpath(folder) for folder in map(os.path.dirname, found)}
+    unique: dict[tuple[str, str], str] = {}
+    for path in sorted(found, key=lambda path: (path.count(os.sep), path)):  # of several ways, the shortest
+        unique.setdefault((folders[os.path.dirname(path)], os.path.basename(path)), path)
+    return [Path(path) for path in sorted(unique.values())]
 
 
 def reader_for(path: str, reader: str) -> str:
@@ -85,7 +89,8 @@ def _folder(folder: str, reading: Reading) -> list[str]:
     if _is_saved_dataset(folder):
         return _saved_dataset(folder)
     everything = glob.iglob(os.path.join(glob.escape(folder), "**", "*"), recursive=True)
-    files = [path for path in everything if _wanted(path, reading.reader) and os.path.isfile(path)]
+    # a link that leads nowhere is kept, so that it is noticed when it is opened
+    files = [path for path in everything if _wanted(path, reading.reader) and not os.path.isdir(path)]
     if not files:
         raise ConfigError(
             f"{folder}: no file below this folder ends in {_known(reading.reader)}; "

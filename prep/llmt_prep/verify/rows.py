@@ -112,6 +112,8 @@ def _segment_hits(block: Block, expected: Expected) -> Iterator[Hit]:
         source_of_file = np.array([index.get(name, -1) for name in expected.files.source])
         other = source_of_file[file_of(expected.files, segments.document)] != segments.source
         yield from by_segment("F025", block, other, "a document that lies in a file of another source")
+        beyond = segments.document >= expected.files.num_records
+        yield from by_segment("F025", block, beyond, f"a document beyond the {expected.files.num_records} records")
     if expected.held_out.size:
         shared = np.isin(segments.document, expected.held_out)
         yield from by_segment("F050", block, shared, "a document that validation holds too")

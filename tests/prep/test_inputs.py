@@ -1,0 +1,52 @@
+"""Which files a mix reads, and which it must not."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmt_prep.config import MixConfig
+from llmt_prep.inputs import find_inputs
+from llmt_shared.errors import ConfigError
+
+
+def find(mix: dict[str, Any], cache: Path, path: object) -> list[str]:
+    config = MixConfig.model_validate(mix | {"sources": {"a": {"path": str(path)}}})
+    found = find_inputs(config, cache, 1, rehash=False, remember=True)
+    return [os.path.relpath(file.path, cache.parent) for file in found.files]
+
+
+def test_a_broken_memory_of_hashes_costs_only_hashing(mix: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").touch()
+    (tmp_path / "cache").mkdir()
+    for content in ("[]", "null", "{", ""):
+        (tmp_path / "cache" / "files.json").write_text(content)
+        assert find(mix, tmp_path / "cache", tmp_path / "a.jsonl") == ["a.jsonl"]
+
+
+def test_a_pipe_is_refused(mix: dict[str, Any], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(ConfigError, match="is a pipe or device"):
+        find(mix, tmp_path / "cache", tmp_path / "a.jsonl")
+
+
+def test_a_dead_link_is_named(mix: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").symlink_to("nowhere")
+    with pytest.raises(ConfigError, match=r"a\.jsonl: cannot be read"):
+        find(mix, tmp_path / "cache", tmp_path)
+
+
+def test_a_name_that_is_not_utf8_is_refused_at_once(mix: dict[str, Any], tmp_path: Path) -> None:
+    name = os.fsencode(tmp_path) + b"/\xff.jsonl"
+    Path(os.fsdecode(name)).touch()
+    with pytest.raises(ConfigError, match="not UTF-8; rename"):
+        find(mix, tmp_path / "cache", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["out/data/quarantine.jsonl", "out/data.staging/data/quarantine.jsonl", "cache/a.txt"])
+def test_what_packing_wrote_is_no_input(mix: dict[str, Any], tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match="is packing's own"):
+        find(mix, tmp_path / "cache", tmp_path)
