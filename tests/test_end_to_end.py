@@ -82,7 +82,9 @@ def test_text_to_dataset_to_model_to_hugging_face(mix: dict[str, Any], texts: li
     bare = Tokenizer.from_file(f"{mix['tokenizer']}/tokenizer.json")
     assert tokenizer(texts[0])["input_ids"] == bare.encode(texts[0]).ids
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    output = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False, attention_mask=torch.ones(1, 3))
+    output = model.generate(
+        torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False, attention_mask=torch.ones(1, 3)
+    )
     assert output.shape == (1, 6)
 
 

@@ -13,7 +13,7 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from llmt_prep import durable
+from llmt_shared import durable
 from llmt_shared.dataset import CODECS
 
 COLUMN_CHUNK = 1_048_576

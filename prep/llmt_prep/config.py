@@ -1,14 +1,12 @@
 """What mix.yaml may say. `llmt-prep schema` prints it as JSON schema."""
 
-import os
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from llmt_shared.config import Bytes, Count, StrictModel, parse_count
+from llmt_shared.config import Bytes, Count, StrictModel, UserPath, parse_count
 
 
 def _require_rows_with_targets(length: int) -> int:
@@ -35,10 +33,6 @@ def _max_bad(value: object) -> object:
             raise ValueError(f"found {value!r}; wanted a share of at most 100%")
         return f"{float(match[1]):g}%"
     return parse_count(value)
-
-
-def _at_home(path: Path) -> Path:
-    return Path(os.path.expanduser(path))
 
 
 def _name(name: str) -> str:
@@ -134,7 +128,7 @@ class MixConfig(StrictModel):
     """The whole of mix.yaml."""
 
     kind: Literal["pretrain"] = "pretrain"
-    output: Annotated[Path, AfterValidator(_at_home)]
+    output: UserPath
     """Directory to make; it is written beside its final name and renamed when finished."""
     tokenizer: Annotated[TokenizerConfig, BeforeValidator(_as_tokenizer)]
     """Folder with a `tokenizer.json`, that file itself, a hub id, or a mapping with `path` and more."""
@@ -161,7 +155,7 @@ class MixConfig(StrictModel):
     """Bytes of tokens in one file, about."""
     unit_size: Annotated[Bytes, Field(ge=1)] = 64_000_000
     """Bytes of input that one task reads, about. The dataset does not depend on it."""
-    cache: Annotated[Path, AfterValidator(_at_home)] | None = None
+    cache: UserPath | None = None
     """Directory of tokenized input; by default `.llmt-cache` beside the output. The dataset does not depend on it."""
     workers: Annotated[int, Field(ge=1)] | None = None
     """Processes; by default one for each CPU this process may use. The dataset does not depend on it."""

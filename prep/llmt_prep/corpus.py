@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from llmt_prep import durable
 from llmt_prep.store import StoreUnit, open_unit
+from llmt_shared import durable
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmt_prep import arrays, durable, executor
+from llmt_prep import arrays, executor
 from llmt_prep.corpus import Corpus
 from llmt_prep.inputs import InputFile, hash_file
 from llmt_prep.ledger import Ledger
 from llmt_prep.store import read_quarantine
 from llmt_prep.tokenizer import LoadedTokenizer
-from llmt_shared import manifest
+from llmt_shared import durable, manifest
 from llmt_shared.manifest import FileEntry, Manifest, TokenizerEntry
 
 RUN_REPORT = "run.json"

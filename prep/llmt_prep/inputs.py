@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from stat import S_ISREG
 
-from llmt_prep import documents, durable, executor
+from llmt_prep import documents, executor
 from llmt_prep.config import MixConfig, SourceConfig
 from llmt_prep.documents import Reading, Unit
 from llmt_prep.progress import stage
 from llmt_prep.staging import staging_of
+from llmt_shared import durable
 from llmt_shared.errors import ConfigError, DataError
 
 

@@ -108,7 +108,7 @@ def render(view: RowView, is_coloured: bool) -> str:
 
 
 def _split(dataset: Dataset, name: str) -> Split:
-    splits = {"train": dataset.train} | ({"validation": dataset.validation} if dataset.validation else {})
+    splits = {"train": dataset.train} | ({"validation": dataset.validation} if dataset.validation is not None else {})
     if name not in splits:
         raise ConfigError(f"split {name!r}: {dataset.path} has no such split; it has {', '.join(splits)}")
     return splits[name]

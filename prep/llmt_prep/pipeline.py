@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 
 from llmt_prep import corpus as corpora
-from llmt_prep import durable, executor, finish, shards, staging
+from llmt_prep import executor, finish, shards, staging
 from llmt_prep.config import MixConfig, resolved
 from llmt_prep.corpus import Corpus
+from llmt_prep.ingest import tokenize_inputs
 from llmt_prep.inputs import Inputs, check_unchanged, find_inputs
 from llmt_prep.ledger import Ledger, SplitLedger, mistakes, source_ledgers
 from llmt_prep.plan import Plan, describe
@@ -32,9 +33,8 @@ from llmt_prep.report import count, percent
 from llmt_prep.rows import is_planned, load_rows, write_rows
 from llmt_prep.selection import Selected, select, training_windows, validation_windows
 from llmt_prep.shards import SplitTask, Totals
-from llmt_prep.stores import tokenize_inputs
 from llmt_prep.tokenizer import LoadedTokenizer, load_tokenizer
-from llmt_shared import __version__
+from llmt_shared import __version__, durable
 from llmt_shared.errors import ConfigError, DataError, FormatError
 from llmt_shared.manifest import NAME, Manifest, read_manifest, wrong_files
 
@@ -193,7 +193,7 @@ def _plan_rows(config: MixConfig, directory: Path, corpus: Corpus, selected: Sel
             write_rows(
                 directory / "rows" / name, stream, corpus, sequence.length, sequence.overflow, config.packing.carry
             )
-    return list(windows)
+    return [name for name in windows if load_rows(directory / "rows" / name).num_rows]  # `drop` may leave none
 
 
 def _gather(
@@ -213,8 +213,10 @@ def _gather(
 def _close_books(
     config: MixConfig, inputs: Inputs, corpus: Corpus, selected: Selected, directory: Path, totals: dict[str, Totals]
 ) -> Ledger:
-    tallies = {name: load_rows(directory / "rows" / name).tallies for name in totals}
-    in_rows = {name: total.tokens_of_source for name, total in totals.items()}
+    planned = [name for name in ("train", "validation") if is_planned(directory / "rows" / name)]
+    tallies = {name: load_rows(directory / "rows" / name).tallies for name in planned}
+    nothing = [0] * corpus.num_sources  # in the rows of a split that has none
+    in_rows = {name: totals[name].tokens_of_source if name in totals else nothing for name in planned}
     files = Counter(file.source for file in inputs.files)
     ledger = Ledger(
         sources=source_ledgers(config, corpus, selected, files, tallies, in_rows),

@@ -15,9 +15,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from llmt_prep import durable
 from llmt_prep.corpus import Corpus
 from llmt_prep.packing import Overflow, PackedRows, Pieces, pack_windows, split_documents
+from llmt_shared import durable
 
 _COLUMNS = {"offset": "<u4", "length": "<u4", "document": "<i8", "address": "<i8"}
 

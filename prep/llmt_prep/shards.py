@@ -13,10 +13,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from llmt_prep import arrays, durable
+from llmt_prep import arrays
 from llmt_prep import corpus as corpora
 from llmt_prep.corpus import Corpus
 from llmt_prep.rows import RowPlan, load_rows
+from llmt_shared import durable
 from llmt_shared.order import key, shuffled
 from llmt_shared.segments import count_targets
 

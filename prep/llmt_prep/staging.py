@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llmt_prep import durable
+from llmt_shared import durable
 from llmt_shared.errors import ConfigError
 
 _NOTE = "recipe.json"

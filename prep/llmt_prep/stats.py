@@ -93,7 +93,7 @@ def dataset_stats(dataset: Dataset) -> Stats:
         FormatError: a file is damaged.
     """
     ledger, length = read_ledger(dataset.path, dataset.manifest), dataset.manifest.length
-    splits = {"train": dataset.train} | ({"validation": dataset.validation} if dataset.validation else {})
+    splits = {"train": dataset.train} | ({"validation": dataset.validation} if dataset.validation is not None else {})
     return Stats(
         path=str(dataset.path),
         digest=dataset.digest,

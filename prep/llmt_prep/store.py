@@ -21,8 +21,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from llmt_prep import durable
 from llmt_prep.documents import BadRecord
+from llmt_shared import durable
 from llmt_shared.errors import FormatError
 
 TEXT_HASH_SALT = 0x6C6C6D74_74657874

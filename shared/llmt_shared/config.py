@@ -6,12 +6,14 @@ nothing in a file can name a class or run code.
 
 import difflib
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -267,6 +269,10 @@ def _parse_quantity(value: object, units: Mapping[str, int], example: str) -> in
     if not math.isfinite(value) or value != int(value) or value < 0:
         raise ValueError(f"found {_short(value)}; wanted a whole number >= 0, such as {example}")
     return int(value)
+
+
+UserPath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
+"""A path as users write it: `~` is their home; relative to the working directory."""
 
 
 def parse_count(value: object) -> int:

@@ -87,7 +87,7 @@ def read_manifest(directory: Path) -> tuple[Manifest, str]:
     path = directory / NAME
     try:
         content = path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise FormatError(_why_missing(directory)) from None
     try:
         manifest = Manifest.model_validate_json(content)

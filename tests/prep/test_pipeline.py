@@ -309,3 +309,16 @@ def test_real_text_comes_back_and_fills_its_rows(mix: dict[str, Any], real_data:
         assert copies == [[*tokenizer.encode(lines[number], add_special_tokens=False).ids, EOS]]
     split = built.manifest.splits["train"]
     assert split.tokens / (split.rows * 256) > 0.99
+
+
+def test_a_validation_split_without_rows_is_not_written_and_the_ledger_closes(mix: dict[str, Any]) -> None:
+    mix["sources"] = {"help": mix["sources"]["help"]}
+    shortest = sorted(dry_run(MixConfig.model_validate(mix), workers=1).splits)
+    assert shortest == ["train", "validation"]
+    mix |= {"sequence": {"length": 256, "overflow": "drop"}}
+    built = build(mix)
+    assert sorted(built.manifest.splits) == ["train"]
+    assert open_dataset(built.path).validation is None
+    ledger = Ledger.model_validate_json((built.path / "ledger.json").read_bytes())
+    assert ledger.sources["help"].validation.dropped.documents > 0
+    assert mistakes(ledger, 256) == []

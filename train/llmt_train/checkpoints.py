@@ -24,6 +24,7 @@ from pydantic import Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from llmt_shared import durable
 from llmt_shared.config import StrictModel
 from llmt_shared.errors import ConfigError, FormatError, Stopped
 
@@ -80,7 +81,7 @@ def save_checkpoint(
         _sync(temporary)
         _clear(final)  # one of the same step is there only if it was found torn
         temporary.rename(final)
-        _sync_folder(final.parent)
+        durable.sync_directory(final.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return final
@@ -334,12 +335,4 @@ def _sync(folder: Path) -> None:
     for path in folder.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    durable.sync_directory(folder)

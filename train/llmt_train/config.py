@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Lt, MinLen
 from pydantic import AfterValidator, ConfigDict, Discriminator, Tag
 
-from llmt_shared.config import Count, StrictModel
+from llmt_shared.config import Count, StrictModel, UserPath
 
 
 def _steps_or_share(value: int | str) -> int | str:
@@ -32,7 +32,7 @@ class FromConfig(StrictModel):
     """A model with fresh weights."""
 
     from_config: Annotated[dict[str, Any], MinLen(1)]
-    """`model_type` and any keys of that family's Hugging Face config; token ids left out are the dataset's."""
+    """`model_type` and keys of that family's Hugging Face config; vocabulary and token ids left out are the dataset's."""
 
 
 Model = Annotated[
@@ -61,6 +61,8 @@ class TrainConfig(StrictModel):
     """Optimizer steps; excludes `epochs`."""
     seed: Annotated[int, Ge(0), Lt(1 << 53)] = 42
     """Decides the order of rows, fresh weights and dropout."""
+    deterministic: bool = False
+    """On a GPU: only kernels that give the same bits on every run, which are slower. On a CPU they always do."""
 
     @classmethod
     def conflicts(cls, given: Mapping[str, Any]) -> Iterator[str]:
@@ -125,9 +127,9 @@ class RunConfig(StrictModel):
     """Loss: next-token prediction on every token of every document."""
     model: Model
     """Hugging Face folder or hub id, or `{from_config: {model_type: ..., ...}}` for fresh weights."""
-    data: Path
+    data: UserPath
     """Dataset: the `output` of `llmt-prep pack`."""
-    output: Path
+    output: UserPath
     """Folder of this run: checkpoints, metrics.jsonl, tokenizer. Running again resumes from here."""
     batch: BatchConfig
     train: TrainConfig

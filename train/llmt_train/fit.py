@@ -104,7 +104,7 @@ def _checked_model(config: RunConfig, dataset: Dataset) -> Any:
     model = load_model(spec, seed=config.train.seed)
     max_id = dataset.manifest.tokenizer.max_id
     check_max_id(max_id, model.get_input_embeddings().weight.shape[0], place)
-    for split in filter(None, (dataset.train, dataset.validation)):
+    for split in (dataset.train, *([] if dataset.validation is None else [dataset.validation])):
         check_positions(model.config, split, place)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     autocast = torch.bfloat16 if _uses_bf16(config) else None
@@ -113,9 +113,10 @@ def _checked_model(config: RunConfig, dataset: Dataset) -> Any:
 
 
 def _fresh(model: FromConfig, dataset: Dataset) -> dict[str, dict[str, Any]]:
-    """Fill in the dataset's token ids: a family's own defaults mean nothing to another tokenizer."""
+    """Fill in the dataset's vocabulary and token ids: a family's own defaults mean nothing to another tokenizer."""
     entry = dataset.manifest.tokenizer
     ids = {"bos_token_id": entry.bos_id, "eos_token_id": entry.eos_id, "pad_token_id": entry.pad_id}
+    ids["vocab_size"] = entry.max_id + 1
     model_type = str(model.from_config.get("model_type"))
     known = vars(CONFIG_MAPPING[model_type]()) if model_type in CONFIG_MAPPING else {}
     return {"from_config": {key: value for key, value in ids.items() if key in known} | model.from_config}
@@ -180,6 +181,7 @@ def _train(
             seed=plan.seed,
             num_sources=len(dataset.sources),
             attention=config.attention,
+            deterministic=config.train.deterministic,
         )
         trainer.fit(module, batches, ckpt_path=start and start / checkpoints.WEIGHTS, weights_only=True)
 
@@ -209,6 +211,7 @@ def _trainer(config: RunConfig, plan: Plan, callback: StepCallback, step: int) -
         devices=1,
         plugins=[LightningEnvironment(), checkpoints.WeightsFile()],  # one process, whatever scheduler started it
         precision="bf16-mixed" if _uses_bf16(config) else "32-true",
+        deterministic=config.train.deterministic,
         max_steps=plan.total_steps,
         max_epochs=-1,
         accumulate_grad_batches=plan.accumulation,
@@ -230,7 +233,7 @@ def _uses_bf16(config: RunConfig) -> bool:
 
 def _describe(config: RunConfig, dataset: Dataset, plan: Plan, model: Any, step: int) -> str:
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    held_out = dataset.validation.num_rows if dataset.validation else 0
+    held_out = 0 if dataset.validation is None else dataset.validation.num_rows
     precision = "bf16 with fp32 weights" if _uses_bf16(config) else "fp32"
     tokens, epochs = plan.rows_per_step * plan.length, plan.total_rows / plan.num_rows
     data = f"{plan.num_rows:,} rows of {plan.length:,} tokens, {held_out:,} held out, digest {dataset.digest[:16]}"

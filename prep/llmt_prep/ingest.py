@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from llmt_prep import documents, durable, executor
+from llmt_prep import documents, executor
 from llmt_prep.config import MixConfig, tolerated
 from llmt_prep.corpus import Corpus, UnitEntry
 from llmt_prep.documents import Reading, Unit
@@ -22,6 +22,7 @@ from llmt_prep.report import escaped
 from llmt_prep.store import UnitMeta, open_unit, read_quarantine
 from llmt_prep.tokenization import TextSettings, tokenize_unit, unit_key
 from llmt_prep.tokenizer import LoadedTokenizer, load_tokenizer
+from llmt_shared import durable
 from llmt_shared.errors import DataError
 
 _MANY_BAD = 100

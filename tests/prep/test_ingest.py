@@ -10,8 +10,8 @@ import pytest
 from llmt_prep import documents
 from llmt_prep.config import MixConfig
 from llmt_prep.corpus import Corpus
+from llmt_prep.ingest import tokenize_inputs
 from llmt_prep.inputs import find_inputs
-from llmt_prep.stores import tokenize_inputs
 from llmt_prep.tokenizer import load_tokenizer
 from llmt_shared.errors import DataError
 
