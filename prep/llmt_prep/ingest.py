@@ -16,11 +16,11 @@ from llmt_prep import documents, executor
 from llmt_prep.config import MixConfig, tolerated
 from llmt_prep.corpus import Corpus, UnitEntry
 from llmt_prep.documents import Reading, Unit
-from llmt_prep.inputs import InputFile, Inputs, check_unchanged, reading_of
+from llmt_prep.inputs import InputFile, Inputs, check_unchanged, read_index, reading_of, write_index
 from llmt_prep.progress import stage
 from llmt_prep.report import escaped
 from llmt_prep.store import UnitMeta, open_unit, read_quarantine
-from llmt_prep.tokenization import TextSettings, tokenize_unit, unit_key
+from llmt_prep.tokenization import TextSettings, hash_content, tokenize_unit, unit_key
 from llmt_prep.tokenizer import LoadedTokenizer, load_tokenizer
 from llmt_shared import durable
 from llmt_shared.errors import DataError
@@ -76,7 +76,7 @@ def tokenize_inputs(
     """
     folder = _shelve_tokenizer(cache, tokenizer)
     settings, said = _settings(config), config.tokenizer
-    places = _places(config, inputs, tokenizer, settings, cache, known)
+    places = _places(config, inputs, tokenizer, settings, (cache, known or cache), workers)
     _tokenize_missing(config, inputs, places, (str(folder), said.eos_token, said.bos_token), workers)
     metas = [open_unit(place.directory).meta for place in places]
     _check_bad(config, inputs, places, metas, np.ones(len(config.sources)))
@@ -116,19 +116,43 @@ def _places(
     inputs: Inputs,
     tokenizer: LoadedTokenizer,
     settings: TextSettings,
-    cache: Path,
-    known: Path | None,
+    caches: tuple[Path, Path],
+    workers: int,
 ) -> list[_Place]:
-    sources = list(config.sources.values())
+    """Every unit with its folder: in the second cache where that holds it, else in the first."""
+    readings = [reading_of(config, source) for source in config.sources.values()]
+    units = [
+        (index, unit)
+        for index, file in enumerate(inputs.files)
+        for unit in documents.split_into_units(Path(file.path), readings[file.source].reader, config.unit_size)
+    ]
+    hashes = _unit_hashes([(unit, inputs.files[index]) for index, unit in units], caches, workers)
     places = []
-    for index, file in enumerate(inputs.files):
-        reading = reading_of(config, sources[file.source])
-        for unit in documents.split_into_units(Path(file.path), reading.reader, config.unit_size):
-            key = unit_key(unit, file.sha256, reading, tokenizer, settings)
-            name = Path("units") / key[:2] / key
-            directory = known / name if known is not None and (known / name).exists() else cache / name
-            places.append(_Place(index, file.source, unit, directory))
+    for (index, unit), content in zip(units, hashes, strict=True):
+        source = inputs.files[index].source
+        key = unit_key(unit, content, readings[source], tokenizer, settings)
+        folders = [cache / "units" / key[:2] / key for cache in caches]
+        places.append(_Place(index, source, unit, folders[1] if folders[1].exists() else folders[0]))
     return places
+
+
+def _unit_hashes(units: Sequence[tuple[Unit, InputFile]], caches: tuple[Path, Path], workers: int) -> list[str]:
+    """Hashes of what each unit reads: where a file grew, those of its old units stay as they were."""
+    known = read_index(caches[1] / "units.json")
+    names = [f"{file.sha256}|{unit.reader}|{unit.start}|{unit.stop}" for unit, file in units]
+    missing = [i for i, name in enumerate(names) if name not in known]
+    for done, content in executor.run(hash_unit, [units[i] for i in missing], workers):
+        known[names[missing[done]]] = content
+    if missing:
+        write_index(caches[0] / "units.json", known)
+    return [known[name] for name in names]
+
+
+def hash_unit(unit: Unit, file: InputFile) -> str:
+    """Hash what a unit reads; in any process."""
+    content = hash_content(unit)
+    check_unchanged((file,))
+    return content
 
 
 def _tokenize_missing(

@@ -9,7 +9,7 @@ from stat import S_ISREG
 
 from llmt_prep import documents, executor
 from llmt_prep.config import MixConfig, SourceConfig
-from llmt_prep.documents import Reading, Unit
+from llmt_prep.documents import Reading
 from llmt_prep.progress import stage
 from llmt_prep.staging import staging_of
 from llmt_shared import durable
@@ -68,18 +68,12 @@ def find_inputs(config: MixConfig, cache: Path, workers: int, *, rehash: bool, r
             paths = documents.find_files(source.path, reading_of(config, source))
         found += [(index, path) for path in paths]
     _refuse_own_files(config, cache, found)
-    known = _remembered(cache / "files.json")
+    known = read_index(cache / "files.json")
     files = _with_hashes(found, {} if rehash else known, workers)
     if remember:
         known.update({_identity(file): file.sha256 for file in files})
-        durable.write(cache / "files.json", json.dumps(known, indent=0))
+        write_index(cache / "files.json", known)
     return Inputs(tuple(files), commits)
-
-
-def units_of(file: InputFile, config: MixConfig) -> list[Unit]:
-    """Cut a file into units of work; the dataset does not depend on their size."""
-    source = list(config.sources.values())[file.source]
-    return documents.split_into_units(Path(file.path), reading_of(config, source).reader, config.unit_size)
 
 
 def check_unchanged(files: tuple[InputFile, ...]) -> None:
@@ -94,6 +88,20 @@ def hash_file(path: str) -> str:
     """sha256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Return the hashes that a cache remembers; a missing or torn index costs hashing again, nothing else."""
+    try:
+        known = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def write_index(path: Path, known: dict[str, str]) -> None:
+    """Remember hashes."""
+    durable.write(path, json.dumps(known, indent=0))
 
 
 def _with_hashes(found: list[tuple[int, Path]], known: dict[str, str], workers: int) -> list[InputFile]:
@@ -134,11 +142,3 @@ def _stat(source: int, path: Path) -> InputFile:
 
 def _identity(file: InputFile) -> str:
     return f"{Path(file.path).absolute()}|{file.bytes}|{file.mtime_ns}|{file.inode}"
-
-
-def _remembered(index: Path) -> dict[str, str]:
-    try:
-        known = json.loads(index.read_text())
-    except (OSError, ValueError):
-        return {}  # a missing or torn index costs hashing again, nothing else
-    return known if isinstance(known, dict) else {}

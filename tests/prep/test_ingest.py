@@ -69,3 +69,26 @@ def test_one_bad_record_too_many_stops_the_run(mix: dict[str, Any], tmp_path: Pa
     cache = bad_and_good(mix, tmp_path, bad=200, good=5000)
     with pytest.raises(DataError, match="records cannot be used"):
         tokenize(mix | {"max_bad": max_bad}, cache)
+
+
+def test_a_file_that_grew_is_tokenized_again_only_at_its_end(mix: dict[str, Any], tmp_path: Path) -> None:
+    source, cache = tmp_path / "a.jsonl", tmp_path / "cache"
+    lines = [json.dumps({"text": f"document {i} " * 10}) + "\n" for i in range(200)]
+    source.write_text("".join(lines))
+    mix |= {"sources": {"a": {"path": str(source)}}, "unit_size": 2000}
+    before = {unit.directory for unit in tokenize(mix, cache).units}
+    source.write_text("".join([*lines, '{"text": "one more"}\n']))
+    grown = [unit.directory for unit in tokenize(mix, cache).units]
+    assert set(grown[:-2]) <= before
+    assert grown[-1] not in before
+
+
+def test_an_edited_line_is_tokenized_again_with_its_unit_alone(mix: dict[str, Any], tmp_path: Path) -> None:
+    source, cache = tmp_path / "a.jsonl", tmp_path / "cache"
+    lines = [json.dumps({"text": f"document {i:03} " * 10}) + "\n" for i in range(200)]
+    source.write_text("".join(lines))
+    mix |= {"sources": {"a": {"path": str(source)}}, "unit_size": 2000}
+    before = [unit.directory for unit in tokenize(mix, cache).units]
+    source.write_text("".join(lines).replace("document 100", "dokument 100"))
+    after = [unit.directory for unit in tokenize(mix, cache).units]
+    assert sum(old != new for old, new in zip(before, after, strict=True)) == 1

@@ -32,7 +32,7 @@ class FromConfig(StrictModel):
     """A model with fresh weights."""
 
     from_config: Annotated[dict[str, Any], MinLen(1)]
-    """`model_type` and keys of that family's Hugging Face config; vocabulary and token ids left out are the dataset's."""
+    """`model_type` and keys of that family's config; the vocabulary size and token ids left out are the dataset's."""
 
 
 Model = Annotated[
