@@ -123,8 +123,9 @@ def verify(dataset: Dataset, as_json: Json = False) -> None:
 
 
 @app.command()
-def schema() -> None:
-    """Print the JSON schema of mix.yaml, for editors and scripts."""
+def schema(as_json: Json = False) -> None:
+    """Print the JSON schema of mix.yaml, for editors and scripts; it is JSON with or without --json."""
+    del as_json
     import json
 
     from llmt_prep.config import MixConfig

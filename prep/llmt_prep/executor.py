@@ -76,6 +76,7 @@ def _interrupts_waiting() -> Iterator[None]:
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker is one of as many as there are CPUs
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -214,3 +214,10 @@ def test_a_killed_pack_goes_on_to_the_same_dataset(mix: dict[str, Any], tmp_path
 @pytest.mark.slow
 def test_twenty_killed_packs_go_on_to_the_same_dataset(mix: dict[str, Any], tmp_path: Path) -> None:
     _kill_and_resume(mix, tmp_path, kills=20)
+
+
+def test_schema_is_a_json_schema_of_the_mix() -> None:
+    for arguments in ([], ["--json"]):
+        schema = json.loads(run("schema", *arguments).stdout)
+        assert {"sources", "budget", "sequence"} <= schema["properties"].keys()
+        assert schema["additionalProperties"] is False
