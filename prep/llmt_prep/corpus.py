@@ -23,7 +23,7 @@ class UnitEntry:
     directory: str
     source: int
     path: str
-    """The input file."""
+    """The input file, as the dataset calls it."""
     documents: int
     tokens: int
     file_document: int

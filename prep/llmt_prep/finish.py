@@ -54,11 +54,11 @@ def write_companions(
     table = pa.table(
         {
             "source": [sources[file.source] for file in files],
-            "path": [file.path for file in files],
+            "path": [file.name for file in files],
             "bytes": pa.array([file.bytes for file in files], pa.uint64()),
             "sha256": [file.sha256 for file in files],
-            "first_document": pa.array([first_document[file.source, file.path] for file in files], pa.uint64()),
-            "records": pa.array([records[file.source, file.path] for file in files], pa.uint64()),
+            "first_document": pa.array([first_document[file.source, file.name] for file in files], pa.uint64()),
+            "records": pa.array([records[file.source, file.name] for file in files], pa.uint64()),
         }
     )
     with durable.writing(data / "files.parquet") as out:

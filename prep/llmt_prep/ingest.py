@@ -220,7 +220,7 @@ def _examples(inputs: Inputs, places: Sequence[_Place], most: int = 3) -> str:
         before = documents.lines_before(place.unit)
         for bad in read_quarantine(place.directory):
             line = before + bad.record + 1
-            lines.append(f"  {inputs.files[place.file].path}:{line}: {bad.reason}: {escaped(bad.preview[:60])}")
+            lines.append(f"  {inputs.files[place.file].name}:{line}: {bad.reason}: {escaped(bad.preview[:60])}")
             if len(lines) == most:
                 return "\n".join(lines)
     return "\n".join(lines)
@@ -239,7 +239,7 @@ def _corpus(
         UnitEntry(
             directory=str(place.directory.absolute()),
             source=place.source,
-            path=files[place.file].path,
+            path=files[place.file].name,
             documents=meta.documents,
             tokens=meta.tokens,
             file_document=file_document[place.file],

@@ -22,6 +22,8 @@ class InputFile:
 
     source: int
     path: str
+    name: str
+    """What the dataset calls it: the path, or ``hf://id/split/file``, for where a hub's cache lies says nothing."""
     bytes: int
     mtime_ns: int
     inode: int
@@ -59,14 +61,15 @@ def find_inputs(config: MixConfig, cache: Path, workers: int, *, rehash: bool, r
     Raises:
         ConfigError: a pattern matches nothing, a file cannot be read, or it is one that packing itself writes.
     """
-    found: list[tuple[int, Path]] = []
+    found: list[tuple[int, Path, str]] = []
     commits: dict[str, str] = {}
     for index, (name, source) in enumerate(config.sources.items()):
         if source.hf is not None:
             paths, commits[name] = documents.hf_files(source.hf, source.name, source.split, source.revision)
+            found += [(index, path, f"hf://{source.hf}/{source.split}/{path.name}") for path in paths]
         else:
             paths = documents.find_files(source.path, reading_of(config, source))
-        found += [(index, path) for path in paths]
+            found += [(index, path, str(path)) for path in paths]
     _refuse_own_files(config, cache, found)
     known = read_index(cache / "files.json")
     files = _with_hashes(found, {} if rehash else known, workers)
@@ -104,8 +107,8 @@ def write_index(path: Path, known: dict[str, str]) -> None:
     durable.write(path, json.dumps(known, indent=0))
 
 
-def _with_hashes(found: list[tuple[int, Path]], known: dict[str, str], workers: int) -> list[InputFile]:
-    files = [_stat(source, path) for source, path in found]
+def _with_hashes(found: list[tuple[int, Path, str]], known: dict[str, str], workers: int) -> list[InputFile]:
+    files = [_stat(*each) for each in found]
     hashes = [known.get(_identity(file), "") for file in files]
     missing = [i for i, sha256 in enumerate(hashes) if not sha256]
     with stage("hash", sum(files[i].bytes for i in missing), "bytes") as advance:
@@ -115,29 +118,29 @@ def _with_hashes(found: list[tuple[int, Path]], known: dict[str, str], workers: 
     return [replace(file, sha256=sha256) for file, sha256 in zip(files, hashes, strict=True)]
 
 
-def _refuse_own_files(config: MixConfig, cache: Path, found: list[tuple[int, Path]]) -> None:
+def _refuse_own_files(config: MixConfig, cache: Path, found: list[tuple[int, Path, str]]) -> None:
     """A source that holds the output would be another source on every run."""
     own = [os.path.abspath(folder) + os.sep for folder in (config.output, staging_of(config.output), cache)]
-    for _, path in found:
+    for _, path, _ in found:
         if os.path.abspath(path).startswith(tuple(own)):
             raise ConfigError(
                 f"{path}: would be packed, but is packing's own; keep `output` and `cache` out of sources"
             )
 
 
-def _stat(source: int, path: Path) -> InputFile:
+def _stat(source: int, path: Path, name: str) -> InputFile:
     try:
-        os.fspath(path).encode()
+        name.encode()
         stat = path.stat()
         if not S_ISREG(stat.st_mode):
             raise ConfigError(f"{path}: is a pipe or device; wanted a file, which can be read twice: write it to disk")
         with path.open("rb"):
             pass
     except UnicodeEncodeError:
-        raise ConfigError(f"{os.fspath(path)!r}: the file's name is not UTF-8; rename the file") from None
+        raise ConfigError(f"{name!r}: the file's name is not UTF-8; rename the file") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    return InputFile(source, str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino, "")
+    return InputFile(source, str(path), name, stat.st_size, stat.st_mtime_ns, stat.st_ino, "")
 
 
 def _identity(file: InputFile) -> str:

@@ -100,7 +100,8 @@ def render(view: RowView, is_coloured: bool) -> str:
             control tokens reversed. Otherwise what is no target stands in ⟨ ⟩, control tokens in ⟦ ⟧.
     """
     legend = "green: target, dim: no target" if is_coloured else "⟨no target⟩, ⟦control token⟧"
-    counts = f"{len(view.segments)} segments, {count(view.targets)} targets, {count(view.padding)} padding"
+    segments = "1 segment" if len(view.segments) == 1 else f"{len(view.segments)} segments"
+    counts = f"{segments}, {count(view.targets)} targets, {count(view.padding)} padding"
     parts = [f"{view.split} row {view.row}: {count(view.length)} tokens, {counts} ({legend})"]
     for segment in view.segments:
         parts += [_rule(_title(segment)), _coloured(segment.tokens) if is_coloured else _plain(segment.tokens)]

@@ -17,7 +17,7 @@ def recipe_of(mix: dict[str, Any], files: Sequence[InputFile], tokenizer_digest:
     """Return the sha256 of a resolved mix, its input files and its tokenizer."""
     parts = {
         "mix": mix,
-        "files": [[file.source, file.path, file.sha256] for file in files],
+        "files": [[file.source, file.name, file.sha256] for file in files],
         "tokenizer": tokenizer_digest,
         "versions": [TOKENIZATION_VERSION, PACKING_VERSION, FORMAT_VERSION],
     }

@@ -322,3 +322,19 @@ def test_a_validation_split_without_rows_is_not_written_and_the_ledger_closes(mi
     ledger = Ledger.model_validate_json((built.path / "ledger.json").read_bytes())
     assert ledger.sources["help"].validation.dropped.documents > 0
     assert mistakes(ledger, 256) == []
+
+
+def test_the_digest_does_not_depend_on_where_a_hub_cache_lies(
+    mix: dict[str, Any], corpus_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    mix["sources"] = {"hub": {"hf": str(corpus_dir / "help")}}
+    digests = set()
+    for name in ("one", "two"):
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / name))
+        built = build(mix | {"output": str(tmp_path / f"out-{name}" / "data")})
+        digests.add(built.digest)
+    assert len(digests) == 1
+    (path,) = set(pl.read_parquet(built.path / "files.parquet")["path"])
+    assert path.startswith(f"hf://{corpus_dir}/help/train/")
