@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from llmt_prep.packing import CARRY, WINDOW
 from llmt_shared.config import Bytes, Count, StrictModel, UserPath, parse_count
 
 
@@ -82,9 +83,9 @@ class HoldoutConfig(StrictModel):
 class PackingConfig(StrictModel):
     """How many documents are packed together, and which rows may stay short for the next window."""
 
-    window: Annotated[Count, Field(ge=1)] = 65_536
+    window: Annotated[Count, Field(ge=1)] = WINDOW
     """Documents of a packing window; memory grows with it."""
-    carry: Annotated[float, Field(ge=0, le=1)] = 0.98
+    carry: Annotated[float, Field(ge=0, le=1)] = CARRY
     """Rows less full than this give their documents to the next window; 0 carries nothing."""
 
 

@@ -1,6 +1,5 @@
 """The last stage: everything of a dataset that is not tokens, then the manifest, and with it the digest."""
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -81,8 +80,8 @@ def _write_quarantine(path: Path, sources: list[str], corpus: Corpus) -> None:
                 out.write(json.dumps(line).encode() + b"\n")
 
 
-def write_manifest(data: Path, header: dict[str, Any], workers: int, progress: Callable[[int], None]) -> str:
-    """Hash every file and write the manifest, last of all; returns the dataset digest.
+def write_manifest(data: Path, header: dict[str, Any], workers: int, progress: Callable[[int], None]) -> None:
+    """Hash every file and write the manifest, last of all.
 
     Args:
         data: directory that becomes the dataset.
@@ -103,9 +102,8 @@ def write_manifest(data: Path, header: dict[str, Any], workers: int, progress: C
         FileEntry(path=name, bytes=path.stat().st_size, sha256=sha256)
         for name, path, sha256 in sorted(zip(names, paths, hashes, strict=True))
     ]
-    content = _json(Manifest(format=1, files=tuple(entries), **header).model_dump(mode="json")).encode()
-    durable.write(data / manifest.NAME, content)
-    return hashlib.sha256(content).hexdigest()
+    content = Manifest(format=1, files=tuple(entries), **header)
+    durable.write(data / manifest.NAME, _json(content.model_dump(mode="json")))
 
 
 def tokenizer_entry(tokenizer: LoadedTokenizer) -> TokenizerEntry:

@@ -31,8 +31,9 @@ from llmt_prep.progress import say, stage
 from llmt_prep.recipe import recipe_of
 from llmt_prep.report import count, percent
 from llmt_prep.rows import is_planned, load_rows, write_rows
-from llmt_prep.selection import Selected, select, training_windows, validation_windows
+from llmt_prep.selection import Selected, select, windows_of_splits
 from llmt_prep.shards import SplitTask, Totals
+from llmt_prep.store import token_dtype
 from llmt_prep.tokenizer import LoadedTokenizer, load_tokenizer
 from llmt_shared import __version__, durable
 from llmt_shared.errors import ConfigError, DataError, FormatError
@@ -95,7 +96,7 @@ def dry_run(config: MixConfig, *, workers: int | None = None, rehash: bool = Fal
     with tempfile.TemporaryDirectory(prefix="llmt-dry-run-") as temporary:
         corpus = tokenize_inputs(config, inputs, tokenizer, Path(temporary), workers, known=_cache(config))
         _check_lengths(config, corpus)
-        return describe(config, corpus, select(config, corpus), _dtype(tokenizer))
+        return describe(config, corpus, select(config, corpus), token_dtype(tokenizer.max_id))
 
 
 def _build(config: MixConfig, workers: int, force: bool, rehash: bool) -> Built:
@@ -118,7 +119,8 @@ def _build(config: MixConfig, workers: int, force: bool, rehash: bool) -> Built:
         selected = select(config, corpus)
         splits = _plan_rows(config, directory, corpus, selected)
     with clock("gather"):
-        totals = {name: _gather(config, directory, corpus, name, _dtype(tokenizer), workers) for name in splits}
+        dtype = token_dtype(tokenizer.max_id)
+        totals = {name: _gather(config, directory, corpus, name, dtype, workers) for name in splits}
     with clock("finish"):
         ledger = _close_books(config, inputs, corpus, selected, directory, totals)
         data = directory / "data"
@@ -139,10 +141,6 @@ def _tokenizer(config: MixConfig) -> LoadedTokenizer:
 
 def _cache(config: MixConfig) -> Path:
     return config.cache or config.output.parent / ".llmt-cache"
-
-
-def _dtype(tokenizer: LoadedTokenizer) -> np.dtype[Any]:
-    return np.dtype(np.uint16 if tokenizer.max_id <= np.iinfo(np.uint16).max else np.uint32)
 
 
 def _check_output(output: Path) -> None:
@@ -182,10 +180,8 @@ def _check_lengths(config: MixConfig, corpus: Corpus) -> None:
 def _plan_rows(config: MixConfig, directory: Path, corpus: Corpus, selected: Selected) -> list[str]:
     """Write the row plan of each split that has documents; returns their names."""
     corpora.save(corpus, directory / "corpus.json")
-    windows = {"train": training_windows(config, selected)}
-    if selected.held_out.size:
-        windows["validation"] = validation_windows(config, selected)
-    elif config.holdout.fraction:
+    windows = windows_of_splits(config, selected)
+    if config.holdout.fraction and "validation" not in windows:
         say(f"no document is held out: {config.holdout.fraction:g} of {len(corpus.lengths)} documents hit none")
     for name, stream in windows.items():
         if not is_planned(directory / "rows" / name):

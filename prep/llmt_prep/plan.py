@@ -10,7 +10,7 @@ from llmt_prep.config import MixConfig
 from llmt_prep.corpus import Corpus
 from llmt_prep.packing import Pieces, pack_windows, split_documents
 from llmt_prep.report import count, percent, size, table
-from llmt_prep.selection import Selected, training_windows, validation_windows
+from llmt_prep.selection import Selected, windows_of_splits
 from llmt_shared.config import StrictModel
 
 _BYTES_PER_SEGMENT = 4 + 4 + 8 + 2
@@ -54,9 +54,7 @@ class Plan(StrictModel):
 
 def describe(config: MixConfig, corpus: Corpus, selected: Selected, dtype: np.dtype[Any]) -> Plan:
     """Count the rows by packing lengths; no token is moved."""
-    windows = {"train": training_windows(config, selected)}
-    if selected.held_out.size:
-        windows["validation"] = validation_windows(config, selected)
+    windows = windows_of_splits(config, selected)
     return Plan(
         length=config.sequence.length,
         budget=selected.mixture.budget,

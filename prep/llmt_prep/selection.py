@@ -49,8 +49,15 @@ def select(config: MixConfig, corpus: Corpus) -> Selected:
     return Selected(plan, tuple(sources), tuple(trainable), np.flatnonzero(held))
 
 
-def training_windows(config: MixConfig, selected: Selected) -> Iterator[NDArray[np.int64]]:
-    """Yield corpus indices of the training documents, window by window."""
+def windows_of_splits(config: MixConfig, selected: Selected) -> dict[str, Iterator[NDArray[np.int64]]]:
+    """Return, for each split that has documents, their corpus indices window by window."""
+    windows = {"train": _training_windows(config, selected)}
+    if selected.held_out.size:
+        windows["validation"] = _validation_windows(config, selected)
+    return windows
+
+
+def _training_windows(config: MixConfig, selected: Selected) -> Iterator[NDArray[np.int64]]:
     for window in mixture.windows(selected.sources, selected.mixture, Shuffling(config.seed), config.packing.window):
         out = np.empty(len(window.document), np.int64)
         for source, mine in enumerate(selected.trainable):
@@ -59,8 +66,8 @@ def training_windows(config: MixConfig, selected: Selected) -> Iterator[NDArray[
         yield out
 
 
-def validation_windows(config: MixConfig, selected: Selected) -> Iterator[NDArray[np.int64]]:
-    """Yield corpus indices of the held-out documents: each once, unweighted."""
+def _validation_windows(config: MixConfig, selected: Selected) -> Iterator[NDArray[np.int64]]:
+    """The held-out documents, each once, unweighted."""
     for start in range(0, len(selected.held_out), config.packing.window):
         yield selected.held_out[start : start + config.packing.window]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -115,7 +115,7 @@ def finish_split(task: SplitTask) -> Totals:
         ("segment_source", "uint16", num_segments),
         ("row_targets", "uint32", n),
     ):
-        arrays.write_column(directory / name, (getattr(part, name) for part in _sidecars(task)), length, dtype)
+        arrays.write_column(directory / name, _parts(task, name), length, dtype)
     arrays.write_column(directory / "row_offsets", _row_offsets(task), n + 1, "int64")
     return _totals(task, n, num_segments)
 
@@ -181,23 +181,24 @@ def _sidecar(plan: RowPlan, segments: NDArray[np.int64], per_row: NDArray[np.int
     )
 
 
-def _sidecars(task: SplitTask) -> Iterator[Sidecar]:
+def _parts(task: SplitTask, name: str) -> Iterator[NDArray[Any]]:
+    """One array's part in every side-car, in the order of shards; nothing else of them is read."""
     for shard in range(num_shards(load_rows(task.plan_directory).num_rows, task.rows_per_shard)):
         with np.load(task.sidecar(shard), allow_pickle=False) as stored:
-            yield Sidecar(**{name: stored[name] for name in Sidecar._fields})
+            yield stored[name]
 
 
 def _row_offsets(task: SplitTask) -> Iterator[NDArray[np.int64]]:
     yield np.zeros(1, np.int64)
     end = 0
-    for part in _sidecars(task):
-        yield end + np.cumsum(part.per_row)
-        end += int(part.per_row.sum())
+    for per_row in _parts(task, "per_row"):
+        yield end + np.cumsum(per_row)
+        end += int(per_row.sum())
 
 
 def _totals(task: SplitTask, num_rows: int, num_segments: int) -> Totals:
-    by_source, targets = np.zeros(task.num_sources, np.int64), 0
-    for part in _sidecars(task):
-        by_source += np.bincount(part.segment_source, part.segment_length, task.num_sources).astype(np.int64)
-        targets += int(part.row_targets.sum())
+    by_source = np.zeros(task.num_sources, np.int64)
+    for source, length in zip(_parts(task, "segment_source"), _parts(task, "segment_length"), strict=True):
+        by_source += np.bincount(source, length, task.num_sources).astype(np.int64)
+    targets = sum(int(part.sum()) for part in _parts(task, "row_targets"))
     return Totals(num_rows, num_segments, int(by_source.sum()), targets, by_source.tolist())

@@ -1,15 +1,14 @@
 """How a run stops early with its state saved: a signal, or a disk that is full. Both end in exit code 4."""
 
-import errno
 import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from llmt_shared import durable
 from llmt_shared.errors import Stopped
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _RESUME = "nothing is lost: run the same command again to go on"
 
 
@@ -20,7 +19,7 @@ def stoppable() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if not durable.is_full_disk(error):
             raise
         where = f" while writing {error.filename}" if error.filename else ""
         raise Stopped(f"no room left on the disk{where} ({error.strerror}); make room; {_RESUME}") from None

@@ -85,7 +85,7 @@ def load_config(path: Path, model: type[Model], overrides: Sequence[str] = ()) -
     for override in overrides:
         _apply_override(document, override)
     try:
-        return model.model_validate(_plain(document), context={"base": path.parent})
+        return model.model_validate(_plain(document))
     except ValidationError as error:
         overridden = {tuple(item.partition("=")[0].split(".")) for item in overrides}
         mistakes = [_describe(path, document, model, mistake, overridden) for mistake in error.errors()]

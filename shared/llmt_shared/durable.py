@@ -1,5 +1,6 @@
 """Files that are whole or absent, whenever the machine stops: temporary name, fsync, rename, fsync of the folder."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,11 @@ def write(path: Path, content: bytes | str) -> None:
     """Write a whole file."""
     with writing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def is_full_disk(error: OSError) -> bool:
+    """Whether a write failed for want of room: on the disk, in a quota, or under the largest file size allowed."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def sync_directory(path: Path) -> None:

@@ -5,7 +5,6 @@ holds Lightning's file (tensors and plain containers: it loads with `weights_onl
 model's config.json, the versions it was made with, and `state.json`, which also lists the sizes of the others.
 """
 
-import errno
 import json
 import os
 import pickle
@@ -145,7 +144,7 @@ def stopped_by_full_disk(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if not durable.is_full_disk(error):
             raise
         newest = newest_checkpoint(run_dir)
         kept = f"saved up to step {read_state(newest).step}" if newest else "nothing is saved yet"

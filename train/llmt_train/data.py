@@ -105,11 +105,10 @@ def train_batches(split: Split, plan: Plan, first_step: int = 0) -> Iterator[Pac
 
 
 def eval_batches(split: Split, micro_rows: int) -> Iterator[PackedBatch]:
-    """Yield every row of a split once, in order; each batch is normalised by its own targets."""
+    """Yield every row of a split once, in order; an evaluation sums over tokens, so there are no denominators."""
     for first in range(0, split.num_rows, micro_rows):
         rows = np.arange(first, min(first + micro_rows, split.num_rows))
-        targets = float(split.row_targets.take(rows).sum(dtype=np.int64))
-        yield read_batch(split, rows, {"targets": max(1.0, targets)})
+        yield read_batch(split, rows, {})
 
 
 def read_batch(split: Split, rows: NDArray[np.int64], denominators: dict[str, float]) -> PackedBatch:

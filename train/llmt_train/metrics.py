@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llmt_shared import durable
+
 NAME = "metrics.jsonl"
 
 
@@ -18,9 +20,7 @@ class MetricsFile:
     def __init__(self, directory: Path, last_step: int) -> None:
         path = directory / NAME
         kept = [json.dumps(record) for record in read_metrics(directory) if record["step"] <= last_step]
-        temporary = path.with_name(f".{NAME}.partial")
-        temporary.write_text("".join(f"{line}\n" for line in kept if last_step > 0))
-        temporary.replace(path)
+        durable.write(path, "".join(f"{line}\n" for line in kept if last_step > 0))
         self._file = path.open("a")
 
     def write(self, record: Mapping[str, Any]) -> None:
