@@ -131,7 +131,7 @@ def source_ledgers(
     counts = [Counter[str]() for _ in config.sources]
     for index, unit in enumerate(corpus.units):
         counts[unit.source].update(
-            {key: value for key, value in asdict(corpus.open_unit(index).meta).items() if key != "dtype"}
+            {key: value for key, value in asdict(corpus.open_unit(index).meta).items() if isinstance(value, int)}
         )
     is_held_out = np.zeros(len(corpus.lengths), bool)
     is_held_out[selected.held_out] = True

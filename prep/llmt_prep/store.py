@@ -1,7 +1,7 @@
 """The token store: what one unit of input becomes, a folder of raw arrays that appears whole or not at all.
 
 Its files: `tokens`, `lengths`, `records` and `text_hash` (little-endian; see StoreUnit), `quarantine.jsonl` (bad
-records, one JSON object a line) and `meta.json` (UnitMeta).
+records, one JSON object a line) and `meta.json` (UnitMeta, with a checksum of every other file).
 """
 
 import errno
@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -56,6 +56,8 @@ class UnitMeta:
     """Physical lines or rows; blank lines are no records."""
     dtype: str
     """uint16 or uint32."""
+    checksums: dict[str, str]
+    """xxh3_64 of each of the other files, by name."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,15 @@ def open_unit(path: Path) -> StoreUnit:
     return StoreUnit(path, meta)
 
 
+def is_sound(path: Path) -> bool:
+    """Whether a unit is there and its files still have the checksums that they were written with; reads all of it."""
+    try:
+        checksums = open_unit(path).meta.checksums
+        return all(_checksum(path / name) == wanted for name, wanted in checksums.items())
+    except (FormatError, OSError):
+        return False
+
+
 def read_quarantine(path: Path) -> Iterator[BadRecord]:
     """Yield a unit's bad records in order."""
     with (path / _QUARANTINE).open(encoding="utf-8") as lines:
@@ -130,26 +141,38 @@ class UnitWriter:
         self._files: dict[str, BinaryIO] = {
             name: (directory / name).open("wb") for name in [*self._dtypes, _QUARANTINE, _META]
         }
+        self._hashes = {name: xxhash.xxh3_64() for name in [*self._dtypes, _QUARANTINE]}
 
-    def add(self, tokens: Sequence[NDArray[Any]], records: Sequence[int], text_hashes: Sequence[int]) -> None:
-        """Append documents: the token ids, record number and text hash of each."""
-        self._write("lengths", [len(ids) for ids in tokens])
-        self._write("records", records)
-        self._write("text_hash", text_hashes)
-        for ids in tokens:
-            self._write("tokens", ids)
+    def add(
+        self,
+        tokens: NDArray[Any],
+        lengths: NDArray[Any],
+        records: Sequence[int] | NDArray[Any],
+        text_hashes: Sequence[int] | NDArray[Any],
+    ) -> None:
+        """Append documents: the ids of all of them one after another, and each one's length, record and text hash."""
+        for name, values in (
+            ("tokens", tokens),
+            ("lengths", lengths),
+            ("records", records),
+            ("text_hash", text_hashes),
+        ):
+            self._write(name, np.ascontiguousarray(values, self._dtypes[name]).data)
 
     def quarantine(self, bad: BadRecord) -> None:
         """Append a bad record."""
-        self._files[_QUARANTINE].write(json.dumps(bad._asdict()).encode() + b"\n")
+        self._write(_QUARANTINE, json.dumps(bad._asdict()).encode() + b"\n")
 
-    def finish(self, meta: UnitMeta) -> None:
+    def finish(self, counts: Mapping[str, int]) -> UnitMeta:
         """Say what the unit holds; the last call, and without it the unit never appears."""
-        self._files[_META].write(json.dumps(asdict(meta), indent=1).encode() + b"\n")
-        self.meta = meta
+        checksums = {name: state.hexdigest() for name, state in self._hashes.items()}
+        self.meta = UnitMeta(**counts, dtype=self._dtypes["tokens"].name, checksums=checksums)
+        self._files[_META].write(json.dumps(asdict(self.meta), indent=1).encode() + b"\n")
+        return self.meta
 
-    def _write(self, name: str, values: Sequence[int] | NDArray[Any]) -> None:
-        self._files[name].write(np.ascontiguousarray(values, self._dtypes[name]).data)
+    def _write(self, name: str, content: bytes | memoryview) -> None:
+        self._files[name].write(content)
+        self._hashes[name].update(content)
 
     def close(self, sync: bool) -> None:
         """Close the files, after forcing them to the disk where asked."""
@@ -213,6 +236,14 @@ def _is_running(pid: int) -> bool:
     except PermissionError:
         pass
     return True
+
+
+def _checksum(path: Path) -> str:
+    state = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            state.update(piece)
+    return str(state.hexdigest())
 
 
 def _map(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:

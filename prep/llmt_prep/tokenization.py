@@ -21,7 +21,7 @@ from llmt_prep.store import UnitMeta, UnitWriter, hash_text, token_dtype, writin
 from llmt_prep.tokenizer import LoadedTokenizer
 from llmt_shared.errors import ConfigError, DataError
 
-TOKENIZATION_VERSION = 1
+TOKENIZATION_VERSION = 2
 """Raised when the same input and settings give another unit, and only then: every stored unit is made again."""
 
 BATCH_BYTES = 1 << 20
@@ -76,9 +76,7 @@ def tokenize_unit(
             counts["documents_with_control_strings"] += len(marked)
             _write(writer, counts, _tokenize(tokenizer.backend, batch, forbidden, surround))
         check()
-        meta = UnitMeta(**{name: counts[name] for name in _COUNTED}, dtype=dtype.name)
-        writer.finish(meta)
-    return meta
+        return writer.finish({name: counts[name] for name in _COUNTED})
 
 
 def unit_key(
@@ -132,7 +130,7 @@ def control_string_finder(control_tokens: Sequence[str]) -> Callable[[str], str 
     return find
 
 
-_COUNTED = [field.name for field in fields(UnitMeta) if field.name != "dtype"]
+_COUNTED = [field.name for field in fields(UnitMeta) if field.type is int]
 
 
 def _surrounding_ids(tokenizer: LoadedTokenizer, settings: TextSettings) -> tuple[int | None, int | None]:
@@ -235,8 +233,12 @@ def _write(writer: UnitWriter, counts: Counter[str], done: list[_Tokenized | Bad
     bad = [item for item in done if isinstance(item, BadRecord)]
     for record in bad:
         writer.quarantine(record)
+    ids = [item.ids for item in stored]
     writer.add(
-        [item.ids for item in stored], [item.record for item in stored], [hash_text(item.text) for item in stored]
+        np.concatenate([np.empty(0, np.uint32), *ids]),
+        np.array([len(each) for each in ids], np.int64),
+        [item.record for item in stored],
+        [hash_text(item.text) for item in stored],
     )
     counts.update(
         records=len(tokenized) + len(bad),
