@@ -149,8 +149,8 @@ class MixConfig(StrictModel):
     """What "<|endoftext|>" in a document becomes: plain text, an error, or the control token."""
     max_bad: Annotated[int | str, BeforeValidator(_max_bad)] = "1%"
     """Records of a source that may be unusable, as a number or a share, before the run stops."""
-    max_record_bytes: Annotated[Bytes, Field(ge=1024)] = 67_108_864
-    """A larger record (decompressed) is a bad one; tokenizing takes about 120 bytes of memory for each of its bytes."""
+    max_record_bytes: Annotated[Bytes, Field(ge=1024)] = 134_217_728
+    """A larger record (decompressed) is a bad one; a worker needs a few times this much memory for the largest."""
     packing: PackingConfig = PackingConfig()
     shard_size: Annotated[Bytes, Field(ge=1)] = 256_000_000
     """Bytes of tokens in one file, about."""
@@ -158,6 +158,9 @@ class MixConfig(StrictModel):
     """Bytes of input that one task reads, about. The dataset does not depend on it."""
     cache: UserPath | None = None
     """Directory of tokenized input; by default `.llmt-cache` beside the output. The dataset does not depend on it."""
+    engine: Literal["auto", "tokenizers", "fastokens"] = "auto"
+    """`tokenizers` is the reference; `fastokens` is some fifty times faster and guarded by it; `auto` takes it where it
+    serves the tokenizer. The dataset does not depend on it."""
     workers: Annotated[int, Field(ge=1)] | None = None
     """Processes; by default one for each CPU this process may use. The dataset does not depend on it."""
     sources: Annotated[
@@ -183,7 +186,7 @@ def tolerated(max_bad: int | str, records: int) -> float:
 
 def resolved(config: MixConfig, commits: dict[str, str], tokenizer_commit: str | None) -> dict[str, object]:
     """Return what of the mix the dataset depends on, with hub ids pinned to commits; it is stored with the dataset."""
-    mix = config.model_dump(mode="json", exclude={"output", "workers", "cache", "unit_size"})
+    mix = config.model_dump(mode="json", exclude={"output", "workers", "cache", "unit_size", "engine"})
     if tokenizer_commit:
         mix["tokenizer"]["revision"] = tokenizer_commit
     for name, commit in commits.items():

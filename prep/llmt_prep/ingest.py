@@ -13,11 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmt_prep import documents, executor
+from llmt_prep.choice import Choice, choose_engine
 from llmt_prep.config import MixConfig, tolerated
 from llmt_prep.corpus import Corpus, UnitEntry
 from llmt_prep.documents import Reading, Unit
+from llmt_prep.engines import Engine, fast_engine
+from llmt_prep.guard import EngineDiffers, distrust
 from llmt_prep.inputs import InputFile, Inputs, check_unchanged, read_index, reading_of, write_index
-from llmt_prep.progress import stage
+from llmt_prep.progress import say, stage
 from llmt_prep.report import escaped
 from llmt_prep.store import UnitMeta, open_unit, read_quarantine
 from llmt_prep.tokenization import TextSettings, hash_content, tokenize_unit, unit_key
@@ -41,6 +44,10 @@ class TokenizeTask:
     directory: str
     file: InputFile
     """Where the unit lies, as it was when it was hashed."""
+    is_fast: bool
+    """Tokenized by the fast engine, guarded by the reference."""
+    begins_source: bool
+    """Whether the guard looks at its first documents, too."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,7 @@ class _Place:
     source: int
     unit: Unit
     directory: Path
+    begins_source: bool
 
 
 def tokenize_inputs(
@@ -88,9 +96,22 @@ def run_task(task: TokenizeTask) -> UnitMeta:
 
     A unit's name says what its file held when it was hashed: of a file that has changed since, none may appear.
     """
-    tokenizer, directory = _loaded(*task.tokenizer), Path(task.directory)
+    tokenizer = _loaded(*task.tokenizer)
+    keep_control = task.settings.special_tokens_in_text == "keep"
+    fast = _fast(task.tokenizer, keep_control) if task.is_fast else None
     check = partial(check_unchanged, (task.file,))
-    return tokenize_unit(task.unit, task.reading, tokenizer, task.settings, directory, check)
+    try:
+        return tokenize_unit(
+            task.unit, task.reading, tokenizer, task.settings, Path(task.directory), check, fast, task.begins_source
+        )
+    except EngineDiffers as difference:
+        distrust(Path(task.tokenizer[0]), difference.engine)
+        raise
+
+
+@lru_cache(maxsize=1)
+def _fast(tokenizer: tuple[str, str | None, str | None], keep_control: bool) -> Engine:
+    return fast_engine(_loaded(*tokenizer), keep_control=keep_control)
 
 
 @lru_cache(maxsize=1)
@@ -128,11 +149,14 @@ def _places(
     ]
     hashes = _unit_hashes([(unit, inputs.files[index]) for index, unit in units], caches, workers)
     places = []
+    seen: set[int] = set()
     for (index, unit), content in zip(units, hashes, strict=True):
         source = inputs.files[index].source
         key = unit_key(unit, content, readings[source], tokenizer, settings)
         folders = [cache / "units" / key[:2] / key for cache in caches]
-        places.append(_Place(index, source, unit, folders[1] if folders[1].exists() else folders[0]))
+        folder = folders[1] if folders[1].exists() else folders[0]
+        places.append(_Place(index, source, unit, folder, begins_source=source not in seen))
+        seen.add(source)
     return places
 
 
@@ -164,7 +188,8 @@ def _tokenize_missing(
 ) -> None:
     missing = {place.directory: place for place in places if not place.directory.exists()}
     todo = list(missing.values())
-    tasks = [(_task(config, inputs.files[place.file], place, tokenizer),) for place in todo]
+    is_fast = bool(todo) and _chosen(config, tokenizer).is_fast
+    tasks = [(_task(config, inputs.files[place.file], place, tokenizer, is_fast),) for place in todo]
     sizes = [_size(place.unit, inputs.files[place.file]) for place in todo]
     in_all = np.bincount([place.source for place in todo], sizes, len(config.sources))
     read = np.zeros(len(config.sources))
@@ -180,10 +205,21 @@ def _tokenize_missing(
 
 
 def _task(
-    config: MixConfig, file: InputFile, place: _Place, tokenizer: tuple[str, str | None, str | None]
+    config: MixConfig, file: InputFile, place: _Place, tokenizer: tuple[str, str | None, str | None], is_fast: bool
 ) -> TokenizeTask:
     reading = reading_of(config, list(config.sources.values())[place.source])
-    return TokenizeTask(place.unit, reading, _settings(config), tokenizer, str(place.directory), file)
+    settings, directory = _settings(config), str(place.directory)
+    return TokenizeTask(
+        place.unit, reading, settings, tokenizer, directory, file, is_fast, begins_source=place.begins_source
+    )
+
+
+def _chosen(config: MixConfig, tokenizer: tuple[str, str | None, str | None]) -> Choice:
+    keep_control = config.special_tokens_in_text == "keep"
+    choice = choose_engine(config.engine, _loaded(*tokenizer), keep_control=keep_control, folder=Path(tokenizer[0]))
+    if config.engine == "auto" and not choice.is_fast:
+        say(f"engine: tokenizers, because {choice.reason}")
+    return choice
 
 
 def _size(unit: Unit, file: InputFile) -> int:

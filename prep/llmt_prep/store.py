@@ -54,6 +54,12 @@ class UnitMeta:
     """UTF-8 bytes of the documents' texts."""
     lines: int
     """Physical lines or rows; blank lines are no records."""
+    compared: int
+    """Documents on which the fast engine was compared with the reference."""
+    fallbacks: int
+    """Batches that the fast engine failed on and the reference encoded."""
+    engine: str
+    """What tokenized it, with its version; the content does not depend on it."""
     dtype: str
     """uint16 or uint32."""
     checksums: dict[str, str]
@@ -163,10 +169,10 @@ class UnitWriter:
         """Append a bad record."""
         self._write(_QUARANTINE, json.dumps(bad._asdict()).encode() + b"\n")
 
-    def finish(self, counts: Mapping[str, int]) -> UnitMeta:
-        """Say what the unit holds; the last call, and without it the unit never appears."""
+    def finish(self, counts: Mapping[str, int], engine: str) -> UnitMeta:
+        """Say what the unit holds and what tokenized it; the last call, without which the unit never appears."""
         checksums = {name: state.hexdigest() for name, state in self._hashes.items()}
-        self.meta = UnitMeta(**counts, dtype=self._dtypes["tokens"].name, checksums=checksums)
+        self.meta = UnitMeta(**counts, engine=engine, dtype=self._dtypes["tokens"].name, checksums=checksums)
         self._files[_META].write(json.dumps(asdict(self.meta), indent=1).encode() + b"\n")
         return self.meta
 

@@ -2,21 +2,22 @@
 
 import hashlib
 import json
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from llmt_prep import documents
-from llmt_prep.documents import PREVIEW_BYTES, BadRecord, Document, End, Item, Reading, Unit, compression, shown
+from llmt_prep.control import control_id_finder, control_string_finder
+from llmt_prep.documents import PREVIEW_BYTES, BadRecord, Document, Item, Reading, Unit, compression, shown
+from llmt_prep.encoding import encode, only, surrounded, text_of_place
+from llmt_prep.engines import Encoded, Engine, reference_engine
+from llmt_prep.guard import FIRST_BYTES, EngineDiffers, chosen_ids, first_difference, sampled
 from llmt_prep.store import UnitMeta, UnitWriter, hash_text, token_dtype, writing_unit
 from llmt_prep.tokenizer import LoadedTokenizer
 from llmt_shared.errors import ConfigError, DataError
@@ -46,37 +47,48 @@ def tokenize_unit(
     settings: TextSettings,
     directory: Path,
     check: Callable[[], None] = lambda: None,
+    fast: Engine | None = None,
+    begins_source: bool = False,
 ) -> UnitMeta:
     """Write one unit of the token store.
 
     Args:
         unit: what to read.
         reading: how to read it.
-        tokenizer: its backend's `encode_special_tokens` is set to what the settings ask for.
+        tokenizer: its backend is the reference; `encode_special_tokens` is set to what the settings ask for.
         settings: BOS, EOS and control strings.
         directory: the folder to make; it appears whole or not at all.
         check: called when all is read; what it raises keeps the unit from appearing.
+        fast: an engine to be used in place of the reference, which then only guards it.
+        begins_source: the guard compares the first documents too, not only its sample.
 
     Raises:
         ConfigError: BOS or EOS is wanted and the tokenizer has none.
         DataError: the input is damaged, or holds a control string where that is an error.
+        EngineDiffers: the fast engine does not give what the reference gives.
     """
     bos_id, eos_id = _surrounding_ids(tokenizer, settings)
-    tokenizer.backend.encode_special_tokens = settings.special_tokens_in_text != "keep"
-    surround = partial(_surround, bos_id=bos_id, eos_id=eos_id)
-    forbidden = _forbidden_ids(tokenizer, settings)
-    find = control_string_finder(tokenizer.control_tokens)
-    dtype = token_dtype(tokenizer.max_id)
+    is_kept = settings.special_tokens_in_text == "keep"
+    reference = reference_engine(tokenizer, keep_control=is_kept)
+    find_strings = control_string_finder(tokenizer.control_tokens)
+    find_ids = control_id_finder(() if is_kept else tokenizer.control_ids)
     counts: Counter[str] = Counter()
-    with writing_unit(directory, dtype) as writer:
+    with writing_unit(directory, token_dtype(tokenizer.max_id)) as writer:
         for batch in _batches(documents.read(unit, reading)):
-            marked = [item for item in batch if isinstance(item, Document) and find(item.text) is not None]
+            marked = [number for number, text in enumerate(batch.texts) if find_strings(text) is not None]
             if marked and settings.special_tokens_in_text == "error":
-                raise DataError(_control_string_message(unit, marked[0], find(marked[0].text)))
+                text = batch.texts[marked[0]]
+                raise DataError(_control_string_message(unit, batch.records[marked[0]], find_strings(text)))
             counts["documents_with_control_strings"] += len(marked)
-            _write(writer, counts, _tokenize(tokenizer.backend, batch, forbidden, surround))
+            encoded, reasons, engine = encode(batch.texts, fast, reference, counts)
+            if fast is not None and engine == fast.name:
+                _guard(unit, batch, encoded, (fast, reference), counts, begins_source)
+            for number, token_id in _control_ids(encoded, find_ids):
+                reasons[number] = _becomes_control(token_id, tokenizer)
+            is_text = np.array([bool(text) and i not in reasons for i, text in enumerate(batch.texts)], np.bool_)
+            _write(writer, counts, batch, surrounded(only(encoded, is_text), bos_id, eos_id), reasons)
         check()
-        return writer.finish({name: counts[name] for name in _COUNTED})
+        return writer.finish({name: counts[name] for name in _COUNTED}, (fast or reference).name)
 
 
 def unit_key(
@@ -111,25 +123,6 @@ def hash_content(unit: Unit) -> str:
     return str(state.hexdigest())
 
 
-def control_string_finder(control_tokens: Sequence[str]) -> Callable[[str], str | None]:
-    """Return a function that gives the first control string in a text, or ``None``.
-
-    Tokenizers have hundreds of them and few texts hold any, so a text is first searched for their first two
-    characters, of which there are few kinds.
-    """
-    strings = sorted(filter(None, control_tokens), key=len, reverse=True)  # a longer one wins over its own start
-    starts = sorted({string[:2] for string in strings})
-    pattern = re.compile("|".join(map(re.escape, strings)))
-
-    def find(text: str) -> str | None:
-        if not any(start in text for start in starts):
-            return None
-        match = pattern.search(text)
-        return match[0] if match else None
-
-    return find
-
-
 _COUNTED = [field.name for field in fields(UnitMeta) if field.type is int]
 
 
@@ -147,112 +140,107 @@ def _surrounding_ids(tokenizer: LoadedTokenizer, settings: TextSettings) -> tupl
     return tokenizer.bos_id if wants_bos else None, tokenizer.eos_id if wants_eos else None
 
 
-def _forbidden_ids(tokenizer: LoadedTokenizer, settings: TextSettings) -> NDArray[np.bool_]:
-    """[max_id + 1] ids that a text must not become: with `keep`, none."""
-    forbidden = np.zeros(tokenizer.max_id + 1, np.bool_)
-    if settings.special_tokens_in_text != "keep":
-        forbidden[sorted(tokenizer.control_ids)] = True
-    return forbidden
+class _Batch(NamedTuple):
+    """Successive records of a unit."""
+
+    texts: list[str]
+    records: list[int]
+    hashes: list[int]
+    sizes: list[int]
+    """UTF-8 bytes of each text."""
+    bad: list[BadRecord]
+    lines: int
+    """Of the whole unit, in its last batch; else 0."""
 
 
-def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
+def _batches(items: Iterable[Item]) -> Iterator[_Batch]:
     """Group items of about BATCH_BYTES of text; what comes out of a unit does not depend on the grouping."""
-    batch: list[Item] = []
-    size = 0
+    batch, size = _Batch([], [], [], [], [], 0), 0
     for item in items:
-        item_size = len(item.text) if isinstance(item, Document) else PREVIEW_BYTES
-        if batch and size + item_size > BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-        batch.append(item)
-        size += item_size
+        if isinstance(item, Document):
+            data = item.text.encode()
+            if size and size + len(data) > BATCH_BYTES:
+                yield batch
+                batch, size = _Batch([], [], [], [], [], 0), 0
+            batch.texts.append(item.text)
+            batch.records.append(item.record)
+            batch.hashes.append(hash_text(data))
+            batch.sizes.append(len(data))
+            size += len(data)
+        elif isinstance(item, BadRecord):
+            batch.bad.append(item)
+            size += PREVIEW_BYTES
+        else:
+            batch = batch._replace(lines=item.lines)
     yield batch
 
 
-class _Tokenized(NamedTuple):
-    record: int
-    text: bytes
-    ids: NDArray[np.uint32]
+def _guard(
+    unit: Unit,
+    batch: _Batch,
+    encoded: Encoded,
+    engines: tuple[Engine, Engine],
+    counts: Counter[str],
+    begins_source: bool,
+) -> None:
+    """Compare the engines on the sample, and on first documents where the unit begins a source."""
+    fast, reference = engines
+    is_chosen = sampled(np.array(batch.hashes, np.uint64))
+    if begins_source:
+        sizes = np.array(batch.sizes, np.int64)
+        is_chosen |= counts["guarded_bytes"] + np.cumsum(sizes) - sizes < FIRST_BYTES
+        counts["guarded_bytes"] += int(sizes.sum())
+    chosen = np.flatnonzero(is_chosen).tolist()
+    counts["compared"] += len(chosen)
+    texts, ids = chosen_ids(batch.texts, encoded, chosen, fast.encode)
+    difference = first_difference(texts, ids, reference.encode)
+    if difference is not None:
+        number, how = difference
+        line = documents.lines_before(unit) + batch.records[chosen[number]] + 1
+        raise EngineDiffers(
+            f"{unit.path}:{line}: {fast.name} does not give the tokens of {reference.name}: {how}; what it made with "
+            f"this tokenizer will not be used; run the same command again: `engine: auto` now takes the reference",
+            fast.name,
+        )
 
 
-def _tokenize(
-    backend: Tokenizer,
-    batch: list[Item],
-    forbidden: NDArray[np.bool_],
-    surround: Callable[[NDArray[np.uint32]], NDArray[np.uint32]],
-) -> list[_Tokenized | BadRecord | End]:
-    """The batch with every document tokenized, or a bad record if it cannot be."""
-    texts = [item.text for item in batch if isinstance(item, Document)]
-    encoded = iter(_encode(backend, texts, forbidden))
-    done: list[_Tokenized | BadRecord | End] = []
-    for item in batch:
-        if not isinstance(item, Document):
-            done.append(item)
-        elif isinstance(ids := next(encoded), str):
-            done.append(BadRecord(item.record, ids, shown(item.text)))
-        else:  # an empty text stays without tokens, even where the tokenizer begins every text with some
-            done.append(_Tokenized(item.record, item.text.encode(), surround(ids) if item.text else ids[:0]))
-    return done
+def _control_ids(encoded: Encoded, find: Callable[[NDArray[np.uint32]], NDArray[np.intp]]) -> Iterator[tuple[int, int]]:
+    """The texts that became control tokens all the same, with one such id of each."""
+    places = find(encoded.ids)
+    yield from zip(text_of_place(encoded, places).tolist(), encoded.ids[places].tolist(), strict=True)
 
 
-def _encode(backend: Tokenizer, texts: list[str], forbidden: NDArray[np.bool_]) -> list[NDArray[np.uint32] | str]:
-    """Token ids of each text, or why it cannot be had."""
-    try:
-        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
-    except Exception as error:  # the library raises bare Exception, and for the whole batch
-        if len(texts) == 1:
-            return [f"the tokenizer cannot encode this text: {error}"]
-        return [result for text in texts for result in _encode(backend, [text], forbidden)]
-    return [_checked(np.fromiter(encoding.ids, np.uint32), forbidden, backend) for encoding in encodings]
-
-
-def _checked(ids: NDArray[np.uint32], forbidden: NDArray[np.bool_], backend: Tokenizer) -> NDArray[np.uint32] | str:
-    """The ids, or why not: the text becomes a control token all the same."""
-    hits = np.flatnonzero(forbidden[ids])
-    if not hits.size:
-        return ids
-    token_id = int(ids[hits[0]])
-    token = backend.id_to_token(token_id)
+def _becomes_control(token_id: int, tokenizer: LoadedTokenizer) -> str:
+    token = tokenizer.backend.id_to_token(token_id)
     return (
         f"the text becomes the control token {token!r} (id {token_id}), which the vocabulary has as a plain token too"
     )
 
 
-def _surround(ids: NDArray[np.uint32], bos_id: int | None, eos_id: int | None) -> NDArray[np.uint32]:
-    """The ids with BOS before and EOS behind, where they are wanted and not there already."""
-    if bos_id is not None and ids[:1].tolist() != [bos_id]:
-        ids = np.concatenate([np.array([bos_id], np.uint32), ids])
-    if eos_id is not None and ids[-1:].tolist() != [eos_id]:
-        ids = np.concatenate([ids, np.array([eos_id], np.uint32)])
-    return ids
-
-
-def _write(writer: UnitWriter, counts: Counter[str], done: list[_Tokenized | BadRecord | End]) -> None:
-    tokenized = [item for item in done if isinstance(item, _Tokenized)]
-    stored = [item for item in tokenized if len(item.ids)]
-    bad = [item for item in done if isinstance(item, BadRecord)]
+def _write(
+    writer: UnitWriter, counts: Counter[str], batch: _Batch, encoded: Encoded, reasons: Mapping[int, str]
+) -> None:
+    refused = [BadRecord(batch.records[i], reason, shown(batch.texts[i])) for i, reason in reasons.items()]
+    bad = sorted([*batch.bad, *refused])
     for record in bad:
         writer.quarantine(record)
-    ids = [item.ids for item in stored]
-    writer.add(
-        np.concatenate([np.empty(0, np.uint32), *ids]),
-        np.array([len(each) for each in ids], np.int64),
-        [item.record for item in stored],
-        [hash_text(item.text) for item in stored],
-    )
+    is_stored = encoded.lengths > 0
+    records, hashes = np.array(batch.records, np.uint32), np.array(batch.hashes, np.uint64)
+    writer.add(encoded.ids, encoded.lengths[is_stored], records[is_stored], hashes[is_stored])
+    stored = int(is_stored.sum())
     counts.update(
-        records=len(tokenized) + len(bad),
-        documents=len(stored),
-        empty=len(tokenized) - len(stored),
+        records=len(batch.records) + len(batch.bad),
+        documents=stored,
+        empty=len(batch.records) - len(refused) - stored,
         quarantined=len(bad),
-        tokens=sum(len(item.ids) for item in stored),
-        text_bytes=sum(len(item.text) for item in stored),
-        lines=sum(item.lines for item in done if isinstance(item, End)),
+        tokens=len(encoded.ids),
+        text_bytes=int(np.array(batch.sizes, np.int64)[is_stored].sum()),
+        lines=batch.lines,
     )
 
 
-def _control_string_message(unit: Unit, document: Document, string: str | None) -> str:
-    line = documents.lines_before(unit) + document.record + 1
+def _control_string_message(unit: Unit, record: int, string: str | None) -> str:
+    line = documents.lines_before(unit) + record + 1
     return (
         f"{unit.path}:{line}: the text holds the control string {string!r}, and `special_tokens_in_text` is `error`; "
         f"clean the text, or set it to `as_text` (it stays plain text) or `keep` (it becomes the control token)"

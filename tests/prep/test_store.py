@@ -27,6 +27,8 @@ def counts_of(documents: list[list[int]], quarantined: int = 0) -> dict[str, int
         "tokens": sum(map(len, documents)),
         "text_bytes": 0,
         "lines": len(documents),
+        "compared": 0,
+        "fallbacks": 0,
     }
 
 
@@ -34,7 +36,7 @@ def write(path: Path, documents: list[list[int]], dtype: str = "uint16") -> None
     with writing_unit(path, np.dtype(dtype)) as writer:
         for record, tokens in enumerate(documents):
             writer.add(np.array(tokens, np.uint32), np.array([len(tokens)]), [record], [record * 2**40])
-        writer.finish(counts_of(documents))
+        writer.finish(counts_of(documents), "tokenizers 0")
 
 
 @given(st.lists(ids, max_size=6))
@@ -66,7 +68,7 @@ def test_bad_records_come_back(tmp_path):
     with writing_unit(tmp_path / "unit", np.dtype("uint16")) as writer:
         for each in bad:
             writer.quarantine(each)
-        writer.finish(counts_of([], quarantined=2))
+        writer.finish(counts_of([], quarantined=2), "tokenizers 0")
     assert list(read_quarantine(tmp_path / "unit")) == bad
 
 
@@ -120,7 +122,7 @@ def test_another_process_at_work_on_the_same_unit_is_left_alone(tmp_path):
         (temporary,) = tmp_path.iterdir()
         neighbour = temporary.with_name(temporary.name.replace(str(os.getpid()), str(os.getppid())))
         neighbour.mkdir()
-        writer.finish(counts_of([]))
+        writer.finish(counts_of([]), "tokenizers 0")
     write(tmp_path / "unit", [])
     assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "unit", neighbour])
 

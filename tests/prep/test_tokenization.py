@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from llmt_prep import tokenization
 from llmt_prep.documents import Reading, Unit, split_into_units
 from llmt_prep.store import StoreUnit, UnitMeta, hash_text, open_unit, read_quarantine
-from llmt_prep.tokenization import TextSettings, control_string_finder, hash_content, tokenize_unit, unit_key
+from llmt_prep.tokenization import TextSettings, hash_content, tokenize_unit, unit_key
 from llmt_prep.tokenizer import LoadedTokenizer, load_tokenizer
 from llmt_shared.errors import ConfigError, DataError
 
@@ -244,22 +244,6 @@ def test_a_document_of_20_mb_is_tokenized(tmp_path):
     unit, meta = make(tmp_path, ["before", text, "behind"], load_tokenizer(str(save(tokenizer, tmp_path / "t"))))
     assert meta.text_bytes == len(text) + 12 > 20_000_000
     assert documents_of(unit) == [[0], [0, 1] * 260_000, [0]]
-
-
-# control strings
-
-
-@given(nasty_text)
-def test_the_finder_agrees_with_a_plain_search(text):
-    strings = (EOT, "<|im_start|>", "<s>", "</s>", "[SEP]", "日")
-    found = control_string_finder(strings)(text)
-    assert (found is not None) == any(string in text for string in strings)
-    assert found is None or found in text
-
-
-def test_without_control_tokens_nothing_is_found():
-    assert control_string_finder(())("anything") is None
-    assert control_string_finder(("",))("anything") is None
 
 
 # keys

@@ -1,0 +1,51 @@
+"""Control tokens and text: which texts hold the strings of some, and which ids a text must not become."""
+
+import re
+from collections.abc import Callable, Collection, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+_MOST_RANGES = 8
+"""Ranges of ids that are looked for one by one; more of them are looked up in a table."""
+
+
+def control_string_finder(control_tokens: Sequence[str]) -> Callable[[str], str | None]:
+    """Return a function that gives the first control string in a text, or ``None``.
+
+    Tokenizers have hundreds of them and few texts hold any, so a text is first searched for their first two
+    characters, of which there are few kinds.
+    """
+    strings = sorted(filter(None, control_tokens), key=len, reverse=True)  # a longer one wins over its own start
+    starts = sorted({string[:2] for string in strings})
+    pattern = re.compile("|".join(map(re.escape, strings)))
+
+    def find(text: str) -> str | None:
+        for start in starts:
+            if start in text:
+                break
+        else:
+            return None
+        match = pattern.search(text)
+        return match[0] if match else None
+
+    return find
+
+
+def control_id_finder(control_ids: Collection[int]) -> Callable[[NDArray[np.uint32]], NDArray[np.intp]]:
+    """Return a function that gives the places, ascending, at which ids are control tokens.
+
+    Control tokens lie together in most vocabularies, and comparing with a few borders costs a fifth of a table.
+    """
+    wanted = np.array(sorted(control_ids), np.uint32)
+    first = wanted[np.diff(wanted.astype(np.int64), prepend=-2) > 1]
+    last = wanted[np.diff(wanted.astype(np.int64), append=2**32 + 1) > 1]
+    ranges = list(zip(first, last - first, strict=True))
+
+    def find(ids: NDArray[np.uint32]) -> NDArray[np.intp]:
+        if len(ranges) > _MOST_RANGES:
+            return np.flatnonzero(np.isin(ids, wanted))
+        hits = [np.flatnonzero(ids - start <= extent) for start, extent in ranges]  # below the start it wraps round
+        return np.sort(np.concatenate(hits)) if hits else np.empty(0, np.intp)
+
+    return find
