@@ -22,7 +22,7 @@ def control_string_finder(control_tokens: Sequence[str]) -> Callable[[str], str 
 
     def find(text: str) -> str | None:
         for start in starts:
-            if start in text:
+            if start[-1] in text and start in text:  # one character is found ten times as fast as two
                 break
         else:
             return None
