@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,9 @@ from llmt_prep.corpus import Corpus, UnitEntry
 from llmt_prep.packing import best_fit_decreasing
 from llmt_prep.rows import load_rows, write_rows
 from llmt_prep.selection import select, windows_of_splits
-from llmt_prep.store import UnitMeta
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from synthetic_corpus import write_unit
 
 UNIT = 500_000
 """Documents of a unit."""
@@ -108,25 +109,11 @@ def write_corpus(folder: Path, documents: int, parts: list[float]) -> None:
         while left:
             unit = folder / f"unit-{len(units)}"
             count = min(left, UNIT)
-            tokens = write_unit(unit, rng, count)
+            lengths = np.minimum(rng.lognormal(6, 1.2, count) + 1, 1 << 20).astype("<u4")  # like the web's
+            tokens = write_unit(unit, lengths, rng.integers(0, 1 << 64, count, "<u8"))
             units.append(UnitEntry(str(unit), source, f"file-{source}", count, tokens, 0, 0))
             left -= count
     corpora.save(Corpus(tuple(units), len(parts)), folder / "corpus.json")
-
-
-def write_unit(unit: Path, rng: np.random.Generator, documents: int) -> int:
-    """Write one unit with lengths like the web's; returns its tokens."""
-    lengths = np.minimum(rng.lognormal(6, 1.2, documents) + 1, 1 << 20).astype("<u4")
-    tokens = int(lengths.sum(dtype=np.int64))
-    unit.mkdir()
-    lengths.tofile(unit / "lengths")
-    rng.integers(0, 1 << 64, documents, "<u8").tofile(unit / "text_hash")
-    for name, size in (("tokens", 2 * tokens), ("records", 4 * documents), ("quarantine.jsonl", 0)):
-        with (unit / name).open("wb") as file:
-            file.truncate(size)
-    meta = UnitMeta(documents, documents, 0, 0, 0, tokens, 4 * tokens, documents, "uint16", {})
-    (unit / "meta.json").write_text(json.dumps(asdict(meta)))
-    return tokens
 
 
 if __name__ == "__main__":
