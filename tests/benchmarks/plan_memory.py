@@ -2,7 +2,7 @@
 
 `python tests/benchmarks/plan_memory.py [documents ...]` makes units of the token store with web-like lengths and text
 hashes (their tokens are holes in files), plans them as one source of 1.5 epochs and as three weighted sources, each
-in a process of its own, and removes everything. 1e8 documents need about 7 GB of disk.
+in a process of its own, and removes everything. 1e8 documents need about 6 GB of disk.
 """
 
 import argparse
