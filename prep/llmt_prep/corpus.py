@@ -1,19 +1,31 @@
 """The tokenized input as one sequence of documents and one of tokens, over the units of the token store.
 
-Document d of the corpus has `lengths[d]` tokens from token address `addresses[d]`. Units are in the order of sources,
-files and places in the file, so all documents of a source, a file and a unit lie together.
+The documents, and their tokens, are numbered through all units: a token's number is its address. Units are in the order
+of sources, files and places in the file, so all documents of a source, a file and a unit lie together. Nothing is kept
+for a document: what is asked of some neighbours is read from the store, and leaves no mapped pages behind.
 """
 
 import json
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmt_prep.store import StoreUnit, open_unit
+from llmt_prep.store import StoreUnit, open_unit, read_column
 from llmt_shared import durable
+
+
+class Columns(Protocol):
+    """What planning reads of the documents: `Corpus`, or arrays in a test."""
+
+    def lengths(self, first: int, last: int) -> NDArray[np.int64]:
+        """Tokens of each of the documents ``first`` to ``last``."""
+
+    def text_hashes(self, first: int, last: int) -> NDArray[np.uint64]:
+        """Hash of the raw text of each of the documents ``first`` to ``last``."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,11 @@ class Corpus:
     units: tuple[UnitEntry, ...]
     num_sources: int
 
+    @property
+    def num_documents(self) -> int:
+        """Documents of all sources."""
+        return int(self.document_borders[-1])
+
     @cached_property
     def document_borders(self) -> NDArray[np.int64]:
         """[U + 1] first document of each unit, then the number of documents."""
@@ -57,27 +74,23 @@ class Corpus:
         )
         return np.concatenate([[0], np.cumsum(per_source)]).astype(np.int64)
 
-    @cached_property
-    def lengths(self) -> NDArray[np.int64]:
-        """[documents] tokens of each."""
-        return self._column("lengths", np.dtype(np.int64))
+    def lengths(self, first: int, last: int) -> NDArray[np.int64]:
+        """Read the tokens of each of the documents ``first`` to ``last``: [last - first]."""
+        return self._read("lengths", first, last).astype(np.int64)
 
-    @cached_property
-    def text_hashes(self) -> NDArray[np.uint64]:
-        """[documents] hash of each raw text."""
-        return self._column("text_hash", np.dtype(np.uint64))
+    def text_hashes(self, first: int, last: int) -> NDArray[np.uint64]:
+        """Read the hash of the raw text of each of the documents ``first`` to ``last``: [last - first]."""
+        return self._read("text_hash", first, last)
 
-    def _column(self, name: str, dtype: np.dtype) -> NDArray:  # type: ignore[type-arg]
-        out = np.empty(self.document_borders[-1], dtype)
-        for unit, start in zip(range(len(self.units)), self.document_borders, strict=False):
-            column = getattr(self.open_unit(unit), name)
-            out[start : start + len(column)] = column
-        return out
-
-    @cached_property
-    def addresses(self) -> NDArray[np.int64]:
-        """[documents] address of each one's first token."""
-        return np.cumsum(self.lengths) - self.lengths
+    def _read(self, column: str, first: int, last: int) -> NDArray[Any]:
+        parts = []
+        unit = int(np.searchsorted(self.document_borders, first, "right")) - 1
+        while first < last:
+            start, past = self.document_borders[unit : unit + 2].tolist()
+            end = min(last, past)
+            parts.append(read_column(Path(self.units[unit].directory), column, first - start, end - first))
+            first, unit = end, unit + 1
+        return np.concatenate(parts)
 
     def place(self, document: int) -> str:
         """Return where a document comes from: file and line (or row), from 1 as editors count."""

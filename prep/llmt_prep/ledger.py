@@ -14,13 +14,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
-import numpy as np
-from numpy.typing import NDArray
-
 from llmt_prep.config import MixConfig
 from llmt_prep.corpus import Corpus
-from llmt_prep.rows import Tally
 from llmt_prep.selection import Selected
+from llmt_prep.tally import Tally
 from llmt_shared.config import StrictModel
 
 
@@ -133,19 +130,17 @@ def source_ledgers(
         counts[unit.source].update(
             {key: value for key, value in asdict(corpus.open_unit(index).meta).items() if isinstance(value, int)}
         )
-    is_held_out = np.zeros(len(corpus.lengths), bool)
-    is_held_out[selected.held_out] = True
     books = {}
     for source, name in enumerate(config.sources):
-        mine = slice(*corpus.source_borders[source : source + 2])
+        found = selected.surveys[source]
         amounts = {split: _split_amount(tallies[split][source], in_rows[split][source]) for split in tallies}
-        held_out = _amount(corpus.lengths[mine][is_held_out[mine]])
+        held_out = Amount(documents=found.held_out_documents, tokens=found.held_out_tokens)
         once = tallies["train"][source]
         selection = selected.mixture.selections[source]
         books[name] = SourceLedger(
             files=files[source],
             records=counts[source]["records"],
-            documents=_amount(corpus.lengths[mine]),
+            documents=Amount(documents=found.documents, tokens=found.tokens),
             empty=counts[source]["empty"],
             quarantined=counts[source]["quarantined"],
             with_control_strings=counts[source]["documents_with_control_strings"],
@@ -175,7 +170,3 @@ def _split_amount(tally: Tally, in_rows: int) -> SplitAmount:
         truncated=tally.truncated,
         dropped=Amount(documents=tally.dropped_documents, tokens=tally.dropped),
     )
-
-
-def _amount(lengths: NDArray[np.int64]) -> Amount:
-    return Amount(documents=len(lengths), tokens=int(lengths.sum()))

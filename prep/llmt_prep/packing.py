@@ -141,7 +141,8 @@ def best_fit_decreasing(lengths: NDArray[np.integer], capacity: int) -> Rows:
         raise ValueError(f"a row cannot have {capacity} tokens")
     if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= capacity:
         raise ValueError(f"items of {lengths.min()} to {lengths.max()} tokens; a row takes 1 to {capacity}")
-    return _assigned(_kernels(), np.ascontiguousarray(lengths, np.int32), capacity)
+    largest = min(capacity, max(1, int(lengths.sum(dtype=np.int64))))  # kernels have tables as large as a row
+    return _assigned(_kernels(), np.ascontiguousarray(lengths, np.int32), largest)
 
 
 def split_documents(lengths: NDArray[np.integer], capacity: int, overflow: Overflow) -> Pieces:

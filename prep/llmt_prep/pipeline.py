@@ -36,7 +36,7 @@ from llmt_prep.shards import SplitTask, Totals
 from llmt_prep.store import token_dtype
 from llmt_prep.tokenizer import LoadedTokenizer, load_tokenizer
 from llmt_shared import __version__, durable
-from llmt_shared.errors import ConfigError, DataError, FormatError
+from llmt_shared.errors import ConfigError, FormatError
 from llmt_shared.manifest import NAME, Manifest, read_manifest, wrong_files
 
 
@@ -95,7 +95,6 @@ def dry_run(config: MixConfig, *, workers: int | None = None, rehash: bool = Fal
     inputs = find_inputs(config, _cache(config), workers, rehash=rehash, remember=False)
     with tempfile.TemporaryDirectory(prefix="llmt-dry-run-") as temporary:
         corpus = tokenize_inputs(config, inputs, tokenizer, Path(temporary), workers, known=_cache(config))
-        _check_lengths(config, corpus)
         return describe(config, corpus, select(config, corpus), token_dtype(tokenizer.max_id))
 
 
@@ -114,7 +113,6 @@ def _build(config: MixConfig, workers: int, force: bool, rehash: bool) -> Built:
     with clock("tokenize"):
         corpus = tokenize_inputs(config, inputs, tokenizer, _cache(config), workers)
     check_unchanged(inputs.files)
-    _check_lengths(config, corpus)
     with clock("plan"):
         selected = select(config, corpus)
         splits = _plan_rows(config, directory, corpus, selected)
@@ -165,24 +163,12 @@ def _finished(output: Path, recipe: str) -> Built | None:
     return Built(output, manifest, digest, is_new=False)
 
 
-def _check_lengths(config: MixConfig, corpus: Corpus) -> None:
-    """Under `overflow: error`, name the first document that is longer than a row."""
-    if config.sequence.overflow != "error":
-        return
-    long = np.flatnonzero(corpus.lengths > config.sequence.length)
-    if long.size:
-        raise DataError(
-            f"{corpus.place(int(long[0]))}: {corpus.lengths[long[0]]} tokens, but a row has {config.sequence.length}; "
-            f"{long.size} documents are too long; make rows longer, or set sequence.overflow to split, truncate or drop"
-        )
-
-
 def _plan_rows(config: MixConfig, directory: Path, corpus: Corpus, selected: Selected) -> list[str]:
     """Write the row plan of each split that has documents; returns their names."""
     corpora.save(corpus, directory / "corpus.json")
-    windows = windows_of_splits(config, selected)
+    windows = windows_of_splits(config, corpus, selected)
     if config.holdout.fraction and "validation" not in windows:
-        say(f"no document is held out: {config.holdout.fraction:g} of {len(corpus.lengths)} documents hit none")
+        say(f"no document is held out: {config.holdout.fraction:g} of {corpus.num_documents} documents hit none")
     for name, stream in windows.items():
         if not is_planned(directory / "rows" / name):
             sequence = config.sequence

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from llmt_prep.config import MixConfig
 from llmt_prep.corpus import Corpus
-from llmt_prep.packing import Pieces, pack_windows, split_documents
+from llmt_prep.order import Documents
+from llmt_prep.packing import pack_windows, split_documents
 from llmt_prep.report import count, percent, size, table
 from llmt_prep.selection import Selected, windows_of_splits
 from llmt_shared.config import StrictModel
@@ -54,12 +54,12 @@ class Plan(StrictModel):
 
 def describe(config: MixConfig, corpus: Corpus, selected: Selected, dtype: np.dtype[Any]) -> Plan:
     """Count the rows by packing lengths; no token is moved."""
-    windows = windows_of_splits(config, selected)
+    windows = windows_of_splits(config, corpus, selected)
     return Plan(
         length=config.sequence.length,
         budget=selected.mixture.budget,
-        sources=_sources(corpus, selected),
-        splits={name: _split(config, corpus, stream, dtype.itemsize) for name, stream in windows.items()},
+        sources=_sources(selected),
+        splits={name: _split(config, stream, dtype.itemsize) for name, stream in windows.items()},
     )
 
 
@@ -91,42 +91,30 @@ def render(plan: Plan) -> str:
     )
 
 
-def _sources(corpus: Corpus, selected: Selected) -> dict[str, SourcePlan]:
+def _sources(selected: Selected) -> dict[str, SourcePlan]:
     total = sum(each.got for each in selected.mixture.selections)
-    tokens = np.add.reduceat(corpus.lengths, corpus.source_borders[:-1])  # no source is empty: `select` saw to that
     return {
         each.name: SourcePlan(
-            documents=int(last - first),
-            tokens=int(of_source),
-            held_out_documents=int(last - first) - len(mine),
+            documents=found.documents,
+            tokens=found.tokens,
+            held_out_documents=found.held_out_documents,
             available=each.available,
             wanted=each.wanted,
             got=each.got,
             epochs=each.epochs,
             share=each.got / total,
         )
-        for each, mine, of_source, first, last in zip(
-            selected.mixture.selections,
-            selected.trainable,
-            tokens,
-            corpus.source_borders,
-            corpus.source_borders[1:],
-            strict=False,
-        )
+        for each, found in zip(selected.mixture.selections, selected.surveys, strict=True)
     }
 
 
-def _split(config: MixConfig, corpus: Corpus, windows: Iterator[NDArray[np.int64]], itemsize: int) -> SplitPlan:
-    length = config.sequence.length
+def _split(config: MixConfig, windows: Iterator[Documents], itemsize: int) -> SplitPlan:
+    length, overflow = config.sequence.length, config.sequence.overflow
     rows = segments = tokens = 0
-    for packed in pack_windows(_pieces(config, corpus, windows), length, config.packing.carry):
+    pieces = (split_documents(window.length, length, overflow) for window in windows)
+    for packed in pack_windows(pieces, length, config.packing.carry):
         rows += len(packed.offsets) - 1
         segments += len(packed.items.length)
         tokens += int(packed.items.length.sum(dtype=np.int64))
     disk = rows * length * itemsize + segments * _BYTES_PER_SEGMENT + rows * _BYTES_PER_ROW
     return SplitPlan(rows=rows, tokens=tokens, fill=tokens / max(1, rows * length), disk=disk)
-
-
-def _pieces(config: MixConfig, corpus: Corpus, windows: Iterator[NDArray[np.int64]]) -> Iterator[Pieces]:
-    for window in windows:
-        yield split_documents(corpus.lengths[window], config.sequence.length, config.sequence.overflow)

@@ -10,30 +10,18 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmt_prep.corpus import Corpus
-from llmt_prep.packing import Overflow, PackedRows, Pieces, pack_windows, split_documents
+from llmt_prep.order import Documents
+from llmt_prep.packing import Overflow, PackedRows, pack_windows, split_documents
+from llmt_prep.tally import Counter, Tally, counting
 from llmt_shared import durable
 
 _COLUMNS = {"offset": "<u4", "length": "<u4", "document": "<i8", "address": "<i8"}
-
-
-@dataclass(frozen=True)
-class Tally:
-    """What became of one source's documents in one split; tokens unless it says documents."""
-
-    documents: int
-    """Selected documents, each counted as often as it was selected."""
-    tokens: int
-    distinct_documents: int
-    distinct_tokens: int
-    truncated: int
-    dropped_documents: int
-    dropped: int
 
 
 @dataclass(frozen=True)
@@ -57,9 +45,18 @@ class RowPlan:
         return len(self.offsets) - 1
 
 
+class Segments(NamedTuple):
+    """Parts of documents that fit a row, as they are packed; columns as in `RowPlan`."""
+
+    offset: NDArray[np.uint32]
+    length: NDArray[np.int32]
+    document: NDArray[np.int64]
+    address: NDArray[np.int64]
+
+
 def write_rows(
     directory: Path,
-    windows: Iterator[NDArray[np.int64]],
+    windows: Iterator[Documents],
     corpus: Corpus,
     capacity: int,
     overflow: Overflow,
@@ -70,18 +67,18 @@ def write_rows(
     Raises:
         DataError: ``overflow`` is ``error`` and a document is longer than a row.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    tally = _Counter(corpus)
     with ExitStack() as stack:
+        counter = stack.enter_context(counting(directory / "seen", corpus))
         files = {
             name: stack.enter_context(durable.writing(directory / f"{name}.bin")) for name in ("offsets", *_COLUMNS)
         }
-        files["offsets"].write(np.zeros(1, "<i8").tobytes())
+        files["offsets"].write(np.zeros(1, "<i8").data)
         end = 0
-        pieces = (tally.split(window, capacity, overflow) for window in windows)
-        for rows in pack_windows(pieces, capacity, carry):
-            end = _append(files, rows, corpus, end)
-    durable.write(directory / "plan.json", json.dumps([asdict(each) for each in tally.totals()]))
+        segments = (_cut(window, capacity, overflow, counter) for window in windows)
+        for rows in pack_windows(segments, capacity, carry):
+            end = _append(files, rows, end)
+        tallies = counter.totals()
+    durable.write(directory / "plan.json", json.dumps([asdict(each) for each in tallies]))
 
 
 def is_planned(directory: Path) -> bool:
@@ -106,55 +103,19 @@ def _map(path: Path, dtype: str) -> NDArray:  # type: ignore[type-arg]
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
 
 
-def _append(files: dict[str, BinaryIO], rows: PackedRows[Pieces], corpus: Corpus, end: int) -> int:
-    segments = rows.items
-    columns: dict[str, NDArray[Any]] = {
-        "offset": segments.offset,
-        "length": segments.length,
-        "document": segments.document,
-        "address": corpus.addresses[segments.document] + segments.offset,
-    }
-    for name, values in columns.items():
-        files[name].write(values.astype(_COLUMNS[name]).tobytes())
-    files["offsets"].write((rows.offsets[1:] + end).astype("<i8").tobytes())
+def _cut(window: Documents, capacity: int, overflow: Overflow, counter: Counter) -> Segments:
+    pieces = split_documents(window.length, capacity, overflow)
+    counter.add(window, pieces)
+    return Segments(
+        offset=pieces.offset.astype(np.uint32),
+        length=pieces.length,
+        document=window.document[pieces.document],
+        address=window.address[pieces.document] + pieces.offset,
+    )
+
+
+def _append(files: dict[str, BinaryIO], rows: PackedRows[Segments], end: int) -> int:
+    for name, values in rows.items._asdict().items():
+        files[name].write(np.ascontiguousarray(values, _COLUMNS[name]).data)
+    files["offsets"].write(np.ascontiguousarray(rows.offsets[1:] + end, "<i8").data)
     return end + int(rows.offsets[-1])
-
-
-class _Counter:
-    """Counts what passes through, independently of the mixture's own arithmetic: the ledger compares the two."""
-
-    def __init__(self, corpus: Corpus) -> None:
-        self._corpus = corpus
-        self._seen = np.zeros(len(corpus.lengths), bool)
-        self._sums = np.zeros((corpus.num_sources, 5), np.int64)
-
-    def split(self, window: NDArray[np.int64], capacity: int, overflow: Overflow) -> Pieces:
-        lengths = self._corpus.lengths[window]
-        pieces = split_documents(lengths, capacity, overflow)
-        kept = np.bincount(pieces.document, pieces.length, len(window)).astype(np.int64)
-        self._seen[window] = True
-        source = np.searchsorted(self._corpus.source_borders, window, "right") - 1
-        gone = kept == 0
-        for column, values in enumerate((1, lengths, (lengths - kept) * ~gone, gone, lengths * gone)):
-            np.add.at(self._sums[:, column], source, values)
-        return pieces._replace(document=window[pieces.document])
-
-    def totals(self) -> list[Tally]:
-        borders, lengths = self._corpus.source_borders, self._corpus.lengths
-        out = []
-        for (documents, tokens, truncated, dropped_documents, dropped), first, last in zip(
-            self._sums.tolist(), borders, borders[1:], strict=False
-        ):
-            seen = self._seen[first:last]
-            out.append(
-                Tally(
-                    documents=documents,
-                    tokens=tokens,
-                    distinct_documents=int(seen.sum()),
-                    distinct_tokens=int(lengths[first:last][seen].sum()),
-                    truncated=truncated,
-                    dropped_documents=dropped_documents,
-                    dropped=dropped,
-                )
-            )
-        return out

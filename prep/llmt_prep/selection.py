@@ -2,76 +2,77 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
+from functools import partial
 
 from llmt_prep import mixture
 from llmt_prep.config import MixConfig
 from llmt_prep.corpus import Corpus
-from llmt_prep.mixture import Mixture, Shuffling, Source
+from llmt_prep.mixture import Mixture, Source
+from llmt_prep.order import Documents, Shuffling, held_out_in_order, in_order
 from llmt_prep.packing import landing
+from llmt_prep.survey import SourceSurvey, survey
+from llmt_prep.windows import in_windows, windows
 from llmt_shared.errors import DataError
 
 
 @dataclass(frozen=True)
 class Selected:
-    """The plan of a dataset's contents over a corpus."""
+    """The plan of a dataset's contents over a corpus; everything is by source."""
 
-    mixture: Mixture
+    surveys: tuple[SourceSurvey, ...]
+    """What the corpus holds."""
     sources: tuple[Source, ...]
-    trainable: tuple[NDArray[np.int64], ...]
-    """By source: corpus indices of the documents that may be trained on."""
-    held_out: NDArray[np.int64]
-    """Corpus indices of the validation documents."""
+    """What of it may be trained on."""
+    mixture: Mixture
+    """How much of that is."""
 
 
 def select(config: MixConfig, corpus: Corpus) -> Selected:
     """Hold documents out and decide what every source gives.
 
     Raises:
-        ConfigError, DataError: as `mixture.plan`; a source without documents.
+        ConfigError, DataError: as `mixture.plan`; a source without documents; under `overflow: error`, a document
+            that is longer than a row.
     """
-    held = mixture.held_out(corpus.text_hashes, config.holdout.fraction)
-    sources, trainable = [], []
-    borders = corpus.source_borders
-    for (name, source), first, last in zip(config.sources.items(), borders, borders[1:], strict=False):
-        if first == last:
-            raise DataError(f"sources.{name}: no documents; {_where(config, name)} holds no text that can be used")
-        mine = first + np.flatnonzero(~held[first:last])
-        if not mine.size:
-            raise DataError(f"sources.{name}: all {last - first} documents are held out; lower holdout.fraction")
-        lengths = corpus.lengths[mine]
-        lands = landing(lengths, config.sequence.length, config.sequence.overflow)
-        sources.append(Source(name, lengths, lands, source.weight, source.epochs, source.tokens))
-        trainable.append(mine)
-    plan = mixture.plan(sources, config.budget, Shuffling(config.seed), config.max_epochs)
-    return Selected(plan, tuple(sources), tuple(trainable), np.flatnonzero(held))
+    shuffling, fraction = Shuffling(config.seed), config.holdout.fraction
+    surveys = survey(corpus, corpus.source_borders, config.sequence, fraction, shuffling.block_tokens)
+    if config.sequence.overflow == "error":
+        _check_lengths(corpus, surveys, config.sequence.length)
+    lands = partial(landing, capacity=config.sequence.length, overflow=config.sequence.overflow)
+    sources = []
+    for (name, said), found in zip(config.sources.items(), surveys, strict=True):
+        _check_documents(config, name, found)
+        epochs = partial(in_order, corpus, found.blocks, fraction, name, shuffling)
+        amounts = said.weight, said.epochs, said.tokens
+        sources.append(Source(name, found.trainable_documents, found.available, epochs, lands, *amounts))
+    return Selected(surveys, tuple(sources), mixture.plan(sources, config.budget, config.max_epochs))
 
 
-def windows_of_splits(config: MixConfig, selected: Selected) -> dict[str, Iterator[NDArray[np.int64]]]:
-    """Return, for each split that has documents, their corpus indices window by window."""
-    windows = {"train": _training_windows(config, selected)}
-    if selected.held_out.size:
-        windows["validation"] = _validation_windows(config, selected)
-    return windows
+def windows_of_splits(config: MixConfig, corpus: Corpus, selected: Selected) -> dict[str, Iterator[Documents]]:
+    """Return, for each split that has documents, these window by window: validation has each once, unweighted."""
+    size = config.packing.window
+    splits = {"train": windows(selected.sources, selected.mixture, size)}
+    if any(found.held_out_documents for found in selected.surveys):
+        held_out = held_out_in_order(corpus, corpus.num_documents, config.holdout.fraction)
+        splits["validation"] = in_windows(held_out, size)
+    return splits
 
 
-def _training_windows(config: MixConfig, selected: Selected) -> Iterator[NDArray[np.int64]]:
-    for window in mixture.windows(selected.sources, selected.mixture, Shuffling(config.seed), config.packing.window):
-        out = np.empty(len(window.document), np.int64)
-        for source, mine in enumerate(selected.trainable):
-            places = window.source == source
-            out[places] = mine[window.document[places]]
-        yield out
+def _check_lengths(corpus: Corpus, surveys: tuple[SourceSurvey, ...], length: int) -> None:
+    """Name the first document that is longer than a row."""
+    too_long = sum(found.too_long for found in surveys)
+    if too_long:
+        first = next(found.first_too_long for found in surveys if found.too_long)
+        raise DataError(
+            f"{corpus.place(first)}: {corpus.lengths(first, first + 1)[0]} tokens, but a row has {length}; "
+            f"{too_long} documents are too long; make rows longer, or set sequence.overflow to split, truncate or drop"
+        )
 
 
-def _validation_windows(config: MixConfig, selected: Selected) -> Iterator[NDArray[np.int64]]:
-    """The held-out documents, each once, unweighted."""
-    for start in range(0, len(selected.held_out), config.packing.window):
-        yield selected.held_out[start : start + config.packing.window]
-
-
-def _where(config: MixConfig, name: str) -> str:
-    source = config.sources[name]
-    return source.hf or ", ".join(source.path)
+def _check_documents(config: MixConfig, name: str, found: SourceSurvey) -> None:
+    if not found.documents:
+        said = config.sources[name]
+        where = said.hf or ", ".join(said.path)
+        raise DataError(f"sources.{name}: no documents; {where} holds no text that can be used")
+    if not found.trainable_documents:
+        raise DataError(f"sources.{name}: all {found.documents} documents are held out; lower holdout.fraction")

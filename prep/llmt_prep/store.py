@@ -123,6 +123,20 @@ def open_unit(path: Path) -> StoreUnit:
     return StoreUnit(path, meta)
 
 
+def read_column(path: Path, name: str, first: int, count: int) -> NDArray[Any]:
+    """Read ``count`` documents' part of a unit's `lengths`, `records` or `text_hash`.
+
+    Raises:
+        FormatError: the file ends before.
+    """
+    out = np.empty(count, _COLUMNS[name])
+    with (path / name).open("rb") as file:
+        file.seek(first * out.itemsize)
+        if file.readinto(out.data) != out.nbytes:
+            raise FormatError(f"{path / name}: ends before document {first + count}; {_WAY_OUT}")
+    return out
+
+
 def is_sound(path: Path) -> bool:
     """Whether a unit is there and its files still have the checksums that they were written with; reads all of it."""
     try:

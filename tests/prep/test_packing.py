@@ -153,6 +153,15 @@ def test_no_items_need_no_rows():
     assert rows.items.tolist() == []
 
 
+@given(packable())
+def test_rows_larger_than_all_items_need_no_tables_of_their_size(case):
+    """The largest possible row would take 8 bytes in each of several tables for each of its 2^31 tokens."""
+    lengths, _ = case
+    largest, enough = (best_fit_decreasing(lengths, capacity) for capacity in (2**31 - 1, int(lengths.sum()) + 7))
+    assert largest.offsets.tolist() == enough.offsets.tolist() == ([0, len(lengths)] if len(lengths) else [0])
+    assert largest.items.tolist() == enough.items.tolist()
+
+
 def test_read_only_and_strided_lengths_are_packed():
     lengths = np.arange(1, 9, dtype=np.uint32)[::-1]
     lengths.setflags(write=False)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from llmt_shared import order
 
 seeds = st.integers(0, 2**63 - 1)
+order_mix = order.mix
 
 
 @given(seeds, st.integers(0, 1000), st.integers(1, 3000))
@@ -117,3 +118,15 @@ def test_no_rows_have_no_endless_order():
 def test_what_a_caller_does_to_an_order_does_not_change_it():
     order.rows(9, 9, 0, 10, 10)[:] = 0
     assert sorted(order.rows(9, 9, 0, 10, 10).tolist()) == list(range(10))
+
+
+@given(seeds, st.integers(0, 3000), st.booleans())
+def test_shuffled_is_the_stable_order_of_mixed_numbers(seed, n, has_ties):
+    """Also where many numbers agree in their high bits or in all."""
+    mix = (lambda x: order_mix(x) & np.uint64(0xFFF << 52 | 1)) if has_ties else order_mix
+    with pytest.MonkeyPatch.context() as patch:
+        key = order.key(seed)
+        patch.setattr(order, "mix", mix)
+        patch.setattr(order, "key", lambda *parts: key)
+        numbers = mix(np.arange(n, dtype=np.uint64) + np.uint64(key))
+        assert order.shuffled(n, seed).tolist() == np.argsort(numbers, kind="stable").tolist()

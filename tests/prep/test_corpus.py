@@ -1,0 +1,55 @@
+"""The corpus is one sequence of documents, however its units were cut; nothing of it stays in memory."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from synthetic_corpus import hashes, write_corpus
+
+from llmt_prep import corpus as corpora
+from llmt_shared.errors import FormatError
+
+LENGTHS = [[5, 1, 8, 3, 3, 9, 4], [2, 7, 1]]
+
+
+@settings(max_examples=20)
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=6).filter(any))
+def test_a_part_reads_the_same_however_units_are_cut(tmp_path_factory, unit_documents):
+    corpus = write_corpus(tmp_path_factory.mktemp("corpus"), LENGTHS, unit_documents)
+    whole = np.concatenate(LENGTHS)
+    assert corpus.num_documents == 10
+    assert corpus.source_borders.tolist() == [0, 7, 10]
+    for first in range(10):
+        for last in range(first + 1, 11):
+            assert corpus.lengths(first, last).tolist() == whole[first:last].tolist()
+            assert corpus.text_hashes(first, last).tolist() == hashes(10)[first:last].tolist()
+
+
+def test_borders_of_units_say_where_their_documents_and_tokens_begin(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path, LENGTHS, 3)
+    assert corpus.document_borders.tolist() == [0, 3, 6, 7, 10]
+    assert corpus.token_borders.tolist() == [0, 14, 29, 33, 43]
+    assert [corpus.open_unit(u).meta.documents for u in range(4)] == [b - a for a, b in pairwise([0, 3, 6, 7, 10])]
+
+
+def test_a_document_has_a_place_in_its_file(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path, LENGTHS, 20)
+    assert corpus.place(6) == "file-0:7"
+    assert corpus.place(7) == "file-1:1"
+
+
+def test_a_column_that_ends_early_is_refused(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path, LENGTHS, 20)
+    (tmp_path / "unit-0" / "lengths").write_bytes(b"1234" * 6)
+    assert len(corpus.lengths(0, 6)) == 6
+    with pytest.raises(FormatError, match=r"unit-0/lengths: ends before document 7; delete this folder"):
+        corpus.lengths(5, 8)
+
+
+def test_a_saved_corpus_loads_the_same(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path, LENGTHS, 4)
+    corpora.save(corpus, tmp_path / "corpus.json")
+    assert corpora.load(tmp_path / "corpus.json", 2) == corpus
