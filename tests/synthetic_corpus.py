@@ -105,6 +105,6 @@ def write_unit(unit: Path, lengths: NDArray[Any], text_hashes: NDArray[np.uint64
     (unit / "quarantine.jsonl").touch()
     with (unit / "tokens").open("wb") as file:
         file.truncate(2 * tokens)
-    meta = UnitMeta(documents, documents, 0, 0, 0, tokens, 4 * tokens, documents, "uint16", {})
+    meta = UnitMeta(documents, documents, 0, 0, 0, tokens, 4 * tokens, documents, 0, 0, "synthetic", "uint16", {})
     (unit / "meta.json").write_text(json.dumps(asdict(meta)))
     return tokens
