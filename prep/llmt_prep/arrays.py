@@ -72,10 +72,10 @@ class ChunkWriter:
 
     def finish(self) -> None:
         """Fill up with zeros, then append the checksum; the last call but `sha256`."""
+        assert self._left >= 0, f"{self._file.name}: {-self._left} bytes more than the chunk has"
         zeros = np.zeros(min(_PIECE, self._left), np.uint8)
-        while self._left > 0:
+        while self._left:
             self.add(zeros[: self._left])
-        assert self._left == 0, f"{self._file.name}: {-self._left} bytes more than the chunk has"
         self._write(self._crc.to_bytes(4, "little"))
 
     def sha256(self) -> str:

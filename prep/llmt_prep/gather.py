@@ -5,7 +5,6 @@ depends neither on the sizes of units nor on their number.
 """
 
 from collections.abc import Iterator
-from itertools import pairwise
 from types import ModuleType
 from typing import NamedTuple
 
@@ -46,14 +45,6 @@ class Origin(NamedTuple):
     """[S]"""
 
 
-class _Window(NamedTuple):
-    """Segments ``start : stop`` in the order of addresses, which all lie near each other in one unit."""
-
-    unit: int
-    start: int
-    stop: int
-
-
 def kernels_for(num_segments: int) -> ModuleType:
     """Return the loops to copy so many segments with; the bytes are the same with either."""
     from llmt_prep.kernels import gather_numpy
@@ -82,18 +73,13 @@ def gather(rows: NDArray[np.integer], segments: Segments, corpus: Corpus, kernel
     address, document = segments.address[order], segments.document[order]
     place, length = place[order], segments.length[order]
     origin = Origin(np.empty(len(order), np.uint64), np.empty(len(order), np.uint16))
-    windows = list(_windows(address, corpus.token_borders))
-    for window, following in pairwise([*windows, None]):
-        assert window is not None
-        if following is not None:
-            _prefetch(following, address, length, corpus)
-        mine = slice(window.start, window.stop)
-        tokens = corpus.open_unit(window.unit).tokens
-        source = address[mine] - corpus.token_borders[window.unit]
+    for unit, mine in _windows(address, corpus.token_borders):
+        tokens = corpus.open_unit(unit).tokens
+        source = address[mine] - corpus.token_borders[unit]
         kernels.copy_segments(rows.reshape(-1), place[mine], tokens.view(np.ndarray), source, length[mine])
         mapped.release(tokens)
-        origin.document[order[mine]] = _numbers(document[mine], window.unit, corpus)
-        origin.source[order[mine]] = corpus.units[window.unit].source
+        origin.document[order[mine]] = _numbers(document[mine], unit, corpus)
+        origin.source[order[mine]] = corpus.units[unit].source
     return origin
 
 
@@ -107,24 +93,15 @@ def _places(segments: Segments, row_length: int) -> tuple[NDArray[np.int64], NDA
     return before + np.repeat(shift, segments.per_row), used
 
 
-def _windows(address: NDArray[np.int64], token_borders: NDArray[np.int64]) -> Iterator[_Window]:
-    """Cut sorted addresses where a unit ends, and within a unit where they spread over more than `WINDOW`."""
+def _windows(address: NDArray[np.int64], token_borders: NDArray[np.int64]) -> Iterator[tuple[int, slice]]:
+    """Cut sorted addresses where a unit ends, and within it where they spread over `WINDOW`; yields (unit, which)."""
     cuts = np.searchsorted(address, token_borders)
     for unit in np.flatnonzero(np.diff(cuts)).tolist():
         start, end = int(cuts[unit]), int(cuts[unit + 1])
         while start < end:
             stop = start + int(np.searchsorted(address[start:end], address[start] + WINDOW))
-            yield _Window(unit, start, stop)
+            yield unit, slice(start, stop)
             start = stop
-
-
-def _prefetch(window: _Window, address: NDArray[np.int64], length: NDArray[np.uint32], corpus: Corpus) -> None:
-    """Have the next window read from the disk while this one is copied, where most of it will be wanted."""
-    mine = slice(window.start, window.stop)
-    start = int(address[window.start] - corpus.token_borders[window.unit])
-    stop = int(address[window.stop - 1] + length[window.stop - 1] - corpus.token_borders[window.unit])
-    if int(length[mine].sum()) * 2 > stop - start:
-        mapped.prefetch(corpus.open_unit(window.unit).tokens, start, stop)
 
 
 def _numbers(document: NDArray[np.int64], unit: int, corpus: Corpus) -> NDArray[np.uint64]:

@@ -23,13 +23,9 @@ def take(array: NDArray[Any], index: NDArray[np.int64]) -> NDArray[Any]:
 
 
 def release(array: NDArray[Any]) -> None:
-    """Let go of the resident pages of an array that `np.memmap` opened for reading; of another, do nothing."""
-    if isinstance(array.base, mmap.mmap):
-        array.base.madvise(mmap.MADV_DONTNEED)
-
-
-def prefetch(array: NDArray[Any], start: int, stop: int) -> None:
-    """Ask the system to read ``array[start:stop]`` of a mapped array from the disk, without waiting for it."""
-    if isinstance(array.base, mmap.mmap):
-        first = start * array.itemsize // mmap.PAGESIZE * mmap.PAGESIZE
-        array.base.madvise(mmap.MADV_WILLNEED, first, stop * array.itemsize - first)
+    """Let go of the resident pages of the file that an array maps for reading; for another array, do nothing."""
+    base: object = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap) and not array.flags.writeable:
+        base.madvise(mmap.MADV_DONTNEED)

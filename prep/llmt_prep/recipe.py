@@ -9,7 +9,7 @@ from llmt_prep.inputs import InputFile
 from llmt_prep.tokenization import TOKENIZATION_VERSION
 from llmt_shared.manifest import FORMAT_VERSION
 
-PACKING_VERSION = 1
+PACKING_VERSION = 2
 """Raised when selection, order, packing or the arrays change for the same input."""
 
 
