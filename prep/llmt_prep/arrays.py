@@ -2,22 +2,29 @@
 
 Metadata is written here and not by the zarr package, so that a dataset's bytes do not change with that package's
 version; `llmt-prep verify` and the tests read everything back through zarr.
+
+Bytes are hashed on their way to the disk, so that nobody has to read them again for the manifest.
 """
 
+import hashlib
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
 from llmt_shared import durable
-from llmt_shared.dataset import CODECS
 
 COLUMN_CHUNK = 1_048_576
 """Elements in a chunk of a one-dimensional array."""
+
+_PIECE = 1 << 20
+"""Bytes that are summed, hashed and written while they lie in the processor's cache."""
 
 
 def write_group(path: Path, attributes: dict[str, Any]) -> None:
@@ -27,6 +34,8 @@ def write_group(path: Path, attributes: dict[str, Any]) -> None:
 
 def write_metadata(path: Path, shape: tuple[int, ...], chunk_shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
     """Write the zarr.json of one array."""
+    from llmt_shared.dataset import CODECS  # loads pydantic, which a worker that only writes chunks can do without
+
     meta = {
         "zarr_format": 3,
         "node_type": "array",
@@ -41,33 +50,111 @@ def write_metadata(path: Path, shape: tuple[int, ...], chunk_shape: tuple[int, .
     _write_json(path / "zarr.json", meta)
 
 
-def write_chunk(path: Path, chunk: NDArray[Any]) -> None:
-    """Write one chunk file; a chunk of zeros too, for a missing file must mean a damaged dataset."""
-    raw = np.ascontiguousarray(chunk.astype(chunk.dtype.newbyteorder("<"), copy=False)).reshape(-1).view(np.uint8)
+class ChunkWriter:
+    """A chunk file that is being written; `writing_chunk` gives one."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file = file
+        self._left = size
+        self._crc = 0
+        self._hash = hashlib.sha256()
+
+    def add(self, values: NDArray[Any]) -> None:
+        """Append values of any shape, in C order."""
+        little = values.astype(values.dtype.newbyteorder("<"), copy=False)
+        raw = np.ascontiguousarray(little).reshape(-1).view(np.uint8)
+        self._left -= raw.size
+        for start in range(0, raw.size, _PIECE):
+            piece = raw[start : start + _PIECE]
+            self._crc = google_crc32c.extend(self._crc, piece)
+            self._write(piece.data)
+        _start_writing(self._file, raw.size)
+
+    def finish(self) -> None:
+        """Fill up with zeros, then append the checksum; the last call but `sha256`."""
+        assert self._left >= 0, f"{self._file.name}: {-self._left} bytes more than the chunk has"
+        zeros = np.zeros(min(_PIECE, self._left), np.uint8)
+        while self._left:
+            self.add(zeros[: self._left])
+        self._write(self._crc.to_bytes(4, "little"))
+
+    def sha256(self) -> str:
+        """Of the whole file."""
+        return self._hash.hexdigest()
+
+    def _write(self, content: bytes | memoryview) -> None:
+        self._hash.update(content)
+        self._file.write(content)
+
+
+class ColumnWriter:
+    """A one-dimensional array that is written as its parts arrive; one chunk is held in memory."""
+
+    def __init__(self, path: Path, length: int, dtype: str) -> None:
+        size = max(1, min(length, COLUMN_CHUNK))
+        write_metadata(path, (length,), (size,), np.dtype(dtype))
+        self.sha256: dict[Path, str] = {}
+        """Of each chunk file so far."""
+        self._path, self._length = path, length
+        self._buffer = np.zeros(size, dtype)
+        self._filled = self._written = 0
+
+    def add(self, part: NDArray[Any]) -> None:
+        """Append values."""
+        size = len(self._buffer)
+        while len(part):
+            count = min(size - self._filled, len(part))
+            self._buffer[self._filled : self._filled + count] = part[:count]
+            self._filled, part = self._filled + count, part[count:]
+            if self._filled == size:
+                self._write_chunk()
+
+    def finish(self) -> None:
+        """Write the last chunk; all values must be there."""
+        if self._filled:
+            self._buffer[self._filled :] = 0  # the last chunk is padded to full size
+            self._write_chunk()
+        assert self._written == self._length, f"{self._path}: {self._written} elements, {self._length} promised"
+
+    def _write_chunk(self) -> None:
+        path = self._path / "c" / str(len(self.sha256))
+        self.sha256[path] = write_chunk(path, self._buffer)
+        self._written += self._filled
+        self._filled = 0
+
+
+@contextmanager
+def writing_chunk(path: Path, size: int) -> Iterator[ChunkWriter]:
+    """Write a chunk file of ``size`` bytes and a checksum; what is not added is 0.
+
+    A chunk of zeros is written too, for a missing file must mean a damaged dataset.
+    """
     with durable.writing(path) as file:
-        file.write(raw.data)
-        file.write(google_crc32c.value(raw).to_bytes(4, "little"))
+        writer = ChunkWriter(file, size)
+        yield writer
+        writer.finish()
+
+
+def write_chunk(path: Path, chunk: NDArray[Any]) -> str:
+    """Write one chunk file; returns its sha256."""
+    with writing_chunk(path, chunk.nbytes) as writer:
+        writer.add(chunk)
+    return writer.sha256()
 
 
 def write_column(path: Path, parts: Iterable[NDArray[Any]], length: int, dtype: str) -> None:
-    """Write a one-dimensional array of ``length`` elements from parts, holding about one chunk in memory."""
-    size = max(1, min(length, COLUMN_CHUNK))
-    write_metadata(path, (length,), (size,), np.dtype(dtype))
-    buffer = np.zeros(size, dtype)
-    filled = chunk = written = 0
+    """Write a one-dimensional array of ``length`` elements from parts."""
+    writer = ColumnWriter(path, length, dtype)
     for part in parts:
-        start = 0
-        while start < len(part):
-            count = min(size - filled, len(part) - start)
-            buffer[filled : filled + count] = part[start : start + count]
-            filled, start, written = filled + count, start + count, written + count
-            if filled == size:
-                write_chunk(path / "c" / str(chunk), buffer)
-                buffer[:] = 0  # the last chunk is padded to full size
-                filled, chunk = 0, chunk + 1
-    if filled:
-        write_chunk(path / "c" / str(chunk), buffer)
-    assert written == length, f"{path}: {written} elements written, {length} promised"
+        writer.add(part)
+    writer.finish()
+
+
+def _start_writing(file: BinaryIO, size: int) -> None:
+    """Have the last ``size`` bytes written to the disk while more is made: the fsync at the end then waits a fifth."""
+    if hasattr(os, "posix_fadvise"):  # on Linux, pages that are not needed are written first, and kept till then
+        file.flush()
+        os.posix_fadvise(file.fileno(), file.tell() - size, size, os.POSIX_FADV_DONTNEED)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -1,40 +1,70 @@
-"""Where tasks run. A task is a function and picklable arguments; it writes files and returns little.
+"""Where tasks run: in worker processes of this machine, or in this very process with one worker.
 
-`local` runs them in processes of this machine, or in this very process with one worker. Results come back as tasks
-end; nothing depends on that order.
+The contract of `run`, so that another executor (such as Ray) can stand in its place:
+
+- a function is importable by name; a task is a tuple of its arguments, small and picklable, that says which work to
+  do, like (plan, index), and holds none of the data;
+- a call reads and writes files that every worker reaches; they appear whole or not at all, and the same task again
+  makes the same files, so a task may run twice, anywhere, in any order;
+- it returns little: what is big goes into the files;
+- what calls share (a tokenizer, an open plan) the function caches itself, once in each process.
+
+Results come as tasks end and nothing may depend on that order. Tasks are taken from their iterable when a worker is
+free, so that memory does not grow with their number.
 """
 
 import multiprocessing
 import os
+import pickle
 import signal
+import sys
+import textwrap
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from itertools import chain, islice
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from types import FrameType
+from typing import Any, NamedTuple, NoReturn
 
-from llmt_shared.errors import DataError
+from llmt_shared.errors import Stopped
 
 Task = tuple[Any, ...]
 
+_GRACE = 5.0
+"""Seconds that a worker has to remove what it was writing, before it is killed."""
+_TERMINATED = 128 + signal.SIGTERM
 
-def run(function: Callable[..., Any], tasks: Sequence[Task], workers: int) -> Iterator[tuple[int, Any]]:
+
+class _Worker(NamedTuple):
+    process: BaseProcess
+    connection: Connection
+    """Tasks go out, (result, error) come back."""
+
+
+def run(function: Callable[..., Any], tasks: Iterable[Task], workers: int) -> Iterator[tuple[int, Any]]:
     """Run ``function(*task)`` for every task; yields (index of the task, result).
 
     Args:
-        function: importable by name; what its calls share it caches itself, once in each process.
-        tasks: arguments of each call.
-        workers: processes; 1 runs everything here.
+        function: see the contract above.
+        tasks: see the contract above; any iterable.
+        workers: processes, of which no more start than there are tasks; 1 runs everything here.
 
     Raises:
-        DataError: a worker died.
+        Stopped: a worker died.
+        Exception: what a task raised; the tasks that still run are ended first.
     """
-    if workers == 1 or len(tasks) <= 1:
-        for index, task in enumerate(tasks):
-            yield index, function(*task)
+    waiting = iter(enumerate(tasks))
+    first = list(islice(waiting, workers))
+    if len(first) > 1:
+        yield from _in_processes(function, first, waiting)
         return
-    yield from _in_processes(function, tasks, min(workers, len(tasks)))
+    for index, task in chain(first, waiting):
+        yield index, function(*task)
 
 
 def usable_cpus() -> int:
@@ -42,30 +72,98 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _in_processes(function: Callable[..., Any], tasks: Sequence[Task], workers: int) -> Iterator[tuple[int, Any]]:
-    # spawn: forking a process that runs threads (tokenizers, numba, progress bar) can dead-lock the child
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
+def _in_processes(
+    function: Callable[..., Any], first: list[tuple[int, Task]], waiting: Iterator[tuple[int, Task]]
+) -> Iterator[tuple[int, Any]]:
+    """One task at a time to each worker: the next is sent before a result is handed on, so none waits for long."""
+    with _started(function, len(first)) as crew:
+        doing = dict(zip(crew, first, strict=True))
+        for worker, (index, task) in doing.items():
+            _send(worker, function, index, task)
+        while doing:
+            ready = wait([worker.connection for worker in doing])
+            for worker in [worker for worker in doing if worker.connection in ready]:
+                done, task = doing.pop(worker)
+                result = _receive(worker, function, done, task)
+                if (following := next(waiting, None)) is not None:
+                    doing[worker] = following
+                    _send(worker, function, *following)
+                yield done, result
+
+
+@contextmanager
+def _started(function: Callable[..., Any], count: int) -> Iterator[list[_Worker]]:
+    """Start workers; at the end of the block they have ended, and where it ends in an error, so have their tasks."""
+    crew: list[_Worker] = []
     try:
         with _interrupts_waiting():
-            index_of: dict[Future[Any], int] = {pool.submit(function, *task): i for i, task in enumerate(tasks)}
-        for future in as_completed(index_of):
-            yield index_of.pop(future), future.result()
-    except BrokenProcessPool:
-        raise DataError(
-            "a worker process died, perhaps killed for want of memory; nothing is lost: run the same command again, "
-            "with fewer --workers if it was memory"
-        ) from None
+            for _ in range(count):
+                crew.append(_start(function))
+        yield crew
     except BaseException:
-        for process in (pool._processes or {}).values():
-            process.terminate()  # tasks write whole files or none, so nothing is half-done
+        for worker in crew:
+            worker.process.terminate()
         raise
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for worker in crew:
+            worker.connection.close()
+        _join(crew)
+
+
+def _start(function: Callable[..., Any]) -> _Worker:
+    # spawn: forking a process that runs threads (tokenizers, numba, progress bar) can dead-lock the child
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, function), daemon=True)
+    try:
+        process.start()
+    finally:
+        theirs.close()  # the worker's is then the only one, and it closes when the worker dies
+    return _Worker(process, ours)
+
+
+def _join(crew: list[_Worker]) -> None:
+    deadline = time.monotonic() + _GRACE
+    for worker in crew:
+        worker.process.join(max(0.0, deadline - time.monotonic()))
+    for worker in crew:
+        if worker.process.is_alive():
+            worker.process.kill()
+            worker.process.join()
+
+
+def _send(worker: _Worker, function: Callable[..., Any], index: int, task: Task) -> None:
+    try:
+        worker.connection.send(task)
+    except OSError:
+        _fail_dead(worker, function, index, task)
+
+
+def _receive(worker: _Worker, function: Callable[..., Any], index: int, task: Task) -> Any:
+    try:
+        result, error = worker.connection.recv()
+    except (EOFError, OSError):
+        _fail_dead(worker, function, index, task)
+    if error is not None:
+        raise error
+    return result
+
+
+def _fail_dead(worker: _Worker, function: Callable[..., Any], index: int, task: Task) -> NoReturn:
+    worker.process.join(_GRACE)
+    code = worker.process.exitcode or 0
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    what = textwrap.shorten(repr(task), 300)
+    raise Stopped(
+        f"a worker process {how} in task {index}, {function.__name__}{what}; nothing is lost: run the same command "
+        f"again to go on, with fewer --workers if the machine was out of memory"
+    ) from None
 
 
 @contextmanager
 def _interrupts_waiting() -> Iterator[None]:
     """Hold Ctrl-C back while workers start: they inherit this, and else show a traceback before they can ignore it."""
+    resource_tracker.ensure_running()  # the first worker would start it, and it lets interrupts through when it does
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -73,11 +171,41 @@ def _interrupts_waiting() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_worker() -> None:
+def _serve(connection: Connection, function: Callable[..., Any]) -> None:
+    """Run tasks until there are no more; the main function of a worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, _end_task)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker is one of as many as there are CPUs
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    while True:
+        try:
+            task = connection.recv()
+        except EOFError:
+            return
+        connection.send(_outcome(function, task))
+
+
+def _outcome(function: Callable[..., Any], task: Task) -> tuple[Any, Exception | None]:
+    try:
+        return function(*task), None
+    except Exception as error:
+        return None, _portable(error)
+
+
+def _end_task(number: int, frame: FrameType | None) -> None:
+    """End by an exception, so that files that are half-written are removed on the way out."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: the way out must not be cut short
+    sys.exit(_TERMINATED)
+
+
+def _portable(error: Exception) -> Exception:
+    """Return an error that another process can read, with the place where it was raised for `--traceback`."""
+    error.add_note(f"In a worker process:\n{traceback.format_exc()}")
+    try:
+        pickle.loads(pickle.dumps(error))  # noqa: S301  our own bytes
+    except Exception:
+        return RuntimeError("".join(traceback.format_exception(error)))
+    return error
 
 
 def _end_with_parent() -> None:

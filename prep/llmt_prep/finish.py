@@ -2,14 +2,14 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmt_prep import arrays, executor
+from llmt_prep import arrays
 from llmt_prep.corpus import Corpus
 from llmt_prep.inputs import InputFile, hash_file
 from llmt_prep.ledger import Ledger
@@ -80,28 +80,24 @@ def _write_quarantine(path: Path, sources: list[str], corpus: Corpus) -> None:
                 out.write(json.dumps(line).encode() + b"\n")
 
 
-def write_manifest(data: Path, header: dict[str, Any], workers: int, progress: Callable[[int], None]) -> None:
-    """Hash every file and write the manifest, last of all.
+def write_manifest(data: Path, header: dict[str, Any], known: Mapping[Path, str]) -> None:
+    """Write the manifest, last of all.
 
     Args:
         data: directory that becomes the dataset.
         header: all of `Manifest` but the files and the format.
-        workers: processes that hash.
-        progress: told the bytes hashed.
+        known: sha256 of the files that were hashed as they were written, all large ones; the others are read.
     """
     for leftover in data.rglob("*.tmp"):
         leftover.unlink()  # of a process that was killed while it wrote
     outside = {data / manifest.NAME, data / RUN_REPORT}  # of an earlier try that was killed after writing them
-    paths = sorted(path for path in data.rglob("*") if path.is_file() and path not in outside)
-    hashes = [""] * len(paths)
-    for done, sha256 in executor.run(hash_file, [(str(path),) for path in paths], workers):
-        hashes[done] = sha256
-        progress(paths[done].stat().st_size)
-    names = [path.relative_to(data).as_posix() for path in paths]
+    paths = {path.relative_to(data).as_posix(): path for path in data.rglob("*") if path.is_file()}
     entries = [
-        FileEntry(path=name, bytes=path.stat().st_size, sha256=sha256)
-        for name, path, sha256 in sorted(zip(names, paths, hashes, strict=True))
+        FileEntry(path=name, bytes=path.stat().st_size, sha256=known.get(path) or hash_file(str(path)))
+        for name, path in sorted(paths.items())
+        if path not in outside
     ]
+    assert known.keys() <= set(paths.values()), "a file that was written is gone"
     content = Manifest(format=1, files=tuple(entries), **header)
     durable.write(data / manifest.NAME, _json(content.model_dump(mode="json")))
 

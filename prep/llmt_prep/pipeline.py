@@ -124,9 +124,8 @@ def _build(config: MixConfig, workers: int, force: bool, rehash: bool) -> Built:
         data = directory / "data"
         finish.write_companions(data, mix, tokenizer, ledger, inputs.files, corpus)
         header = _header(config, tokenizer, recipe, totals)
-        size = sum(path.stat().st_size for path in data.rglob("*") if path.is_file())
-        with stage("checksums", size, "bytes") as advance:
-            finish.write_manifest(data, header, workers, advance)
+        known = {path: sha256 for total in totals.values() for path, sha256 in total.sha256.items()}
+        finish.write_manifest(data, header, known)
     durable.write(data / finish.RUN_REPORT, _run_report(started, clock, workers, tokenizer))
     staging.publish(config.output)
     return Built(config.output, *read_manifest(config.output), is_new=True)
@@ -185,9 +184,9 @@ def _gather(
     per_shard = shards.rows_per_shard(num_rows, length, dtype.itemsize, config.shard_size)
     task = SplitTask(str(directory), split, corpus.num_sources, length, per_shard, dtype.name, config.seed)
     numbers = range(shards.num_shards(num_rows, per_shard))
-    missing = [number for number in numbers if not task.sidecar(number).exists()]
+    missing = [number for number in numbers if not shards.is_written(task, number)]
     with stage(f"{split} shards", len(missing)) as advance:
-        for _ in executor.run(shards.write_shard, [(task, number) for number in missing], workers):
+        for _ in executor.run(shards.write_shard, ((task, number) for number in missing), workers):
             advance(1)
     return shards.finish_split(task)
 

@@ -1,28 +1,39 @@
 """From the plan to the files of a dataset: one task gathers one shard; a last pass joins what the tasks counted.
 
-Shard i is chunk i of `tokens`, followed by a side-car in the journal with its part of the other arrays. The side-car
-is written last and so is the record that the shard is done. No two tasks write one file.
+Shard i is chunk i of `tokens`, followed by a side-car in the journal with its part of the other arrays and the hash
+of the chunk. The side-car is written last and so is the record that the shard is done. No two tasks write one file.
+
+A shard is made block by block, and memory is bounded by the block: it depends neither on the size of a shard nor on
+how many segments it has.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmt_prep import arrays
+from llmt_prep import arrays, mapped
 from llmt_prep import corpus as corpora
-from llmt_prep.corpus import Corpus
+from llmt_prep.gather import Origin, Segments, gather, kernels_for
 from llmt_prep.rows import RowPlan, load_rows
-from llmt_shared import durable
-from llmt_shared.order import key, shuffled
+from llmt_shared import durable, order
 from llmt_shared.segments import count_targets
 
 GROUP = 64
 """Rows are permuted inside groups of this many shards, so that a shard reads only its group's part of the input."""
+
+GROUP_ROWS = 1 << 22
+"""A group has fewer shards where they would hold more rows than this, so that its part of the plan stays small too."""
+
+BLOCK_BYTES = 32 << 20
+BLOCK_ROWS = BLOCK_SEGMENTS = 1 << 18
+"""What a block of a shard holds at most, or one row where that is more."""
+
+_DIGEST_BYTES = 32
 
 
 @dataclass(frozen=True)
@@ -47,20 +58,33 @@ class SplitTask:
         """Where the split's arrays grow."""
         return Path(self.staging) / "data" / self.split
 
+    @property
+    def rows_per_group(self) -> int:
+        """Rows that are permuted together: whole shards."""
+        return self.rows_per_shard * max(1, min(GROUP, GROUP_ROWS // self.rows_per_shard))
+
+    def chunk(self, shard: int) -> Path:
+        """The shard's tokens."""
+        return self.data_directory / "tokens" / "c" / str(shard) / "0"
+
     def sidecar(self, shard: int) -> Path:
         """Where a shard's part of the small arrays waits for the last pass."""
-        return Path(self.staging) / "journal" / f"{self.split}-{shard:06d}.npz"
+        return Path(self.staging) / "journal" / f"{self.split}-{shard:06d}.sidecar"
 
 
 class Sidecar(NamedTuple):
-    """A shard's part of the arrays beside `tokens`, in the order of its rows."""
+    """A block's part of the arrays beside `tokens`, in the order of its rows: R rows, S segments."""
 
     per_row: NDArray[np.int64]
+    row_targets: NDArray[np.uint32]
     segment_length: NDArray[np.uint32]
     segment_offset: NDArray[np.uint32]
     segment_document: NDArray[np.uint64]
     segment_source: NDArray[np.uint16]
-    row_targets: NDArray[np.uint32]
+
+
+_BY_ROW = {"per_row": "<i8", "row_targets": "<u4"}
+_BY_SEGMENT = {"segment_length": "<u4", "segment_offset": "<u4", "segment_document": "<u8", "segment_source": "<u2"}
 
 
 class Totals(NamedTuple):
@@ -71,6 +95,8 @@ class Totals(NamedTuple):
     tokens: int
     targets: int
     tokens_of_source: list[int]
+    sha256: dict[Path, str]
+    """Of every chunk file, hashed as it was written."""
 
 
 def rows_per_shard(num_rows: int, length: int, itemsize: int, shard_bytes: int) -> int:
@@ -84,121 +110,136 @@ def num_shards(num_rows: int, per_shard: int) -> int:
     return -(-num_rows // per_shard)
 
 
+def is_written(task: SplitTask, shard: int) -> bool:
+    """Whether a shard is done."""
+    return task.sidecar(shard).exists() and task.chunk(shard).exists()
+
+
 def write_shard(task: SplitTask, shard: int) -> None:
     """Gather one shard: its tokens, then its side-car."""
     plan = load_rows(task.plan_directory)
     corpus = corpora.load(Path(task.staging) / "corpus.json", task.num_sources)
-    rows = _rows_of_shard(task, shard, plan.num_rows)
-    per_row = plan.offsets[rows + 1] - plan.offsets[rows]
-    segments = _ranges(plan.offsets[rows], per_row)
-    tokens = np.zeros((task.rows_per_shard, task.length), task.dtype)
-    _gather(tokens, plan, segments, per_row, corpus)
-    arrays.write_chunk(task.data_directory / "tokens" / "c" / str(shard) / "0", tokens)
-    sidecar = _sidecar(plan, segments, per_row, corpus)
-    with durable.writing(task.sidecar(shard)) as file:
-        np.savez(file, **sidecar._asdict())
+    kernels = kernels_for(len(plan.length))
+    buffer = _buffer(_rows_per_block(task), task.length, task.dtype)
+    size = task.rows_per_shard * task.length * buffer.itemsize
+    with durable.writing(task.sidecar(shard)) as sidecar:
+        sidecar.write(bytes(_DIGEST_BYTES))  # known when all is written
+        with arrays.writing_chunk(task.chunk(shard), size) as chunk:
+            for segments in _blocks(task, shard, plan):
+                rows = buffer[: len(segments.per_row)]
+                origin = gather(rows, segments, corpus, kernels)
+                chunk.add(rows)
+                _write_block(sidecar, _sidecar(segments, origin))
+        sidecar.seek(0)
+        sidecar.write(bytes.fromhex(chunk.sha256()))
 
 
 def finish_split(task: SplitTask) -> Totals:
     """Join the side-cars into the split's arrays; safe to repeat."""
     plan = load_rows(task.plan_directory)
-    n, directory = plan.num_rows, task.data_directory
-    arrays.write_group(directory, {})
+    shape = (plan.num_rows, task.length)
+    arrays.write_group(task.data_directory, {})
     arrays.write_metadata(
-        directory / "tokens", (n, task.length), (task.rows_per_shard, task.length), np.dtype(task.dtype)
+        task.data_directory / "tokens", shape, (task.rows_per_shard, task.length), np.dtype(task.dtype)
     )
-    num_segments = len(plan.length)
-    for name, dtype, length in (
-        ("segment_length", "uint32", num_segments),
-        ("segment_offset", "uint32", num_segments),
-        ("segment_document", "uint64", num_segments),
-        ("segment_source", "uint16", num_segments),
-        ("row_targets", "uint32", n),
-    ):
-        arrays.write_column(directory / name, _parts(task, name), length, dtype)
-    arrays.write_column(directory / "row_offsets", _row_offsets(task), n + 1, "int64")
-    return _totals(task, n, num_segments)
+    columns = _columns(task, plan.num_rows, len(plan.length))
+    sha256: dict[Path, str] = {}
+    num_segments = targets = 0
+    tokens = np.zeros(task.num_sources, np.int64)
+    columns["row_offsets"].add(np.zeros(1, np.int64))
+    for block in _sidecars(task, num_shards(plan.num_rows, task.rows_per_shard), sha256):
+        for name in columns.keys() - {"row_offsets"}:
+            columns[name].add(getattr(block, name))
+        columns["row_offsets"].add(num_segments + np.cumsum(block.per_row))
+        num_segments += len(block.segment_length)
+        targets += int(block.row_targets.sum())
+        tokens += np.bincount(block.segment_source, block.segment_length, task.num_sources).astype(np.int64)
+    for column in columns.values():
+        column.finish()
+        sha256 |= column.sha256
+    return Totals(plan.num_rows, num_segments, int(tokens.sum()), targets, tokens.tolist(), sha256)
 
 
-def _rows_of_shard(task: SplitTask, shard: int, num_rows: int) -> NDArray[np.int64]:
-    """Numbers, in the plan, of a shard's rows."""
-    group, first_shard = shard // GROUP, shard - shard % GROUP
-    group_start = first_shard * task.rows_per_shard
-    group_size = min(num_rows - group_start, GROUP * task.rows_per_shard)
-    permutation = _permutation(group_size, key(task.seed, *task.split.encode()), group)
-    start = (shard - first_shard) * task.rows_per_shard
-    rows: NDArray[np.int64] = group_start + permutation[start : start + task.rows_per_shard]
-    return rows
+def _rows_per_block(task: SplitTask) -> int:
+    row_bytes = task.length * np.dtype(task.dtype).itemsize
+    return max(1, min(BLOCK_BYTES // row_bytes, BLOCK_ROWS, task.rows_per_shard))
 
 
-@lru_cache(maxsize=2)
-def _permutation(size: int, seed: int, group: int) -> NDArray[np.int64]:
-    return shuffled(size, seed, group)
+@lru_cache(maxsize=1)
+def _buffer(num_rows: int, length: int, dtype: str) -> NDArray[Any]:
+    """Rows to gather into, used again for every block: fresh memory costs ten times as much to write."""
+    return np.empty((num_rows, length), dtype)
 
 
-def _ranges(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """``starts[i], starts[i] + 1, .. (counts[i] of them)`` for every i, one after another."""
-    first = np.cumsum(counts) - counts
-    out: NDArray[np.int64] = np.arange(counts.sum()) + np.repeat(starts - first, counts)
-    return out
+def _blocks(task: SplitTask, shard: int, plan: RowPlan) -> Iterator[Segments]:
+    """The shard's segments, in blocks of whole rows."""
+    row, stop = shard * task.rows_per_shard, min((shard + 1) * task.rows_per_shard, plan.num_rows)
+    while row < stop:
+        rows = _planned_rows(task, row, min(_rows_per_block(task), stop - row), plan.num_rows)
+        starts = mapped.take(plan.offsets, rows)
+        per_row = mapped.take(plan.offsets, rows + 1) - starts
+        fitting = max(1, int(np.searchsorted(np.cumsum(per_row), BLOCK_SEGMENTS, "right")))
+        yield _segments(plan, starts[:fitting], per_row[:fitting])
+        row += len(per_row[:fitting])
 
 
-def _gather(
-    out: NDArray[np.integer], plan: RowPlan, segments: NDArray[np.int64], per_row: NDArray[np.int64], corpus: Corpus
-) -> None:
-    lengths, addresses = plan.length[segments].astype(np.int64), plan.address[segments]
-    row = np.repeat(np.arange(len(per_row)), per_row)
-    before = np.cumsum(lengths) - lengths  # tokens of the shard's segments before this one
-    row_start = before[np.cumsum(per_row) - per_row]  # a planned row holds at least one segment
-    place = row * out.shape[1] + before - row_start[row]
-    unit = np.searchsorted(corpus.token_borders, addresses, "right") - 1
-    source = addresses - corpus.token_borders[unit]
-    flat = out.reshape(-1)
-    order = np.argsort(addresses, kind="stable")  # units one after another, and forwards in each
-    for u, a, p, n in zip(
-        unit[order].tolist(), source[order].tolist(), place[order].tolist(), lengths[order].tolist(), strict=True
-    ):
-        flat[p : p + n] = corpus.open_unit(u).tokens[a : a + n]
+def _planned_rows(task: SplitTask, first: int, count: int, num_rows: int) -> NDArray[np.int64]:
+    """Numbers, in the plan, of some rows of a group: [count]."""
+    group, place = divmod(first, task.rows_per_group)
+    start = group * task.rows_per_group
+    size = min(num_rows - start, task.rows_per_group)
+    return start + order.rows(order.key(task.seed, *task.split.encode()), group, place, count, size)
 
 
-def _sidecar(plan: RowPlan, segments: NDArray[np.int64], per_row: NDArray[np.int64], corpus: Corpus) -> Sidecar:
-    lengths, documents = plan.length[segments], plan.document[segments]
-    unit = np.searchsorted(corpus.document_borders, documents, "right") - 1
-    number = np.empty(len(segments), np.uint64)
-    for u in np.unique(unit):
-        mine = unit == u
-        records = corpus.open_unit(int(u)).records[documents[mine] - corpus.document_borders[u]]
-        entry = corpus.units[int(u)]
-        number[mine] = records.astype(np.uint64) + np.uint64(entry.file_document + entry.records_before)
-    row = np.repeat(np.arange(len(per_row)), per_row)
+def _segments(plan: RowPlan, starts: NDArray[np.int64], per_row: NDArray[np.int64]) -> Segments:
+    first = np.cumsum(per_row) - per_row
+    index = np.arange(per_row.sum()) + np.repeat(starts - first, per_row)
+    columns = (mapped.take(column, index) for column in (plan.length, plan.offset, plan.document, plan.address))
+    return Segments(per_row, *columns)
+
+
+def _sidecar(segments: Segments, origin: Origin) -> Sidecar:
+    row = np.repeat(np.arange(len(segments.per_row)), segments.per_row)
+    targets = np.bincount(row, count_targets(segments.length), len(segments.per_row))
     return Sidecar(
-        per_row=per_row,
-        segment_length=lengths,
-        segment_offset=plan.offset[segments],
-        segment_document=number,
-        segment_source=np.array([each.source for each in corpus.units], np.uint16)[unit],
-        row_targets=np.bincount(row, count_targets(lengths), len(per_row)).astype(np.uint32),
+        per_row=segments.per_row,
+        row_targets=targets.astype(np.uint32),
+        segment_length=segments.length,
+        segment_offset=segments.offset,
+        segment_document=origin.document,
+        segment_source=origin.source,
     )
 
 
-def _parts(task: SplitTask, name: str) -> Iterator[NDArray[Any]]:
-    """One array's part in every side-car, in the order of shards; nothing else of them is read."""
-    for shard in range(num_shards(load_rows(task.plan_directory).num_rows, task.rows_per_shard)):
-        with np.load(task.sidecar(shard), allow_pickle=False) as stored:
-            yield stored[name]
+def _write_block(file: BinaryIO, block: Sidecar) -> None:
+    """Append the numbers of rows and segments, then each array; not `np.save`, whose errors hide a full disk."""
+    file.write(np.array([len(block.per_row), len(block.segment_length)], "<i8").data)
+    for name, dtype in (_BY_ROW | _BY_SEGMENT).items():
+        file.write(np.ascontiguousarray(getattr(block, name), dtype).data)
 
 
-def _row_offsets(task: SplitTask) -> Iterator[NDArray[np.int64]]:
-    yield np.zeros(1, np.int64)
-    end = 0
-    for per_row in _parts(task, "per_row"):
-        yield end + np.cumsum(per_row)
-        end += int(per_row.sum())
+def _read_blocks(file: BinaryIO) -> Iterator[Sidecar]:
+    while header := file.read(16):
+        rows, segments = np.frombuffer(header, "<i8").tolist()
+        counts = dict.fromkeys(_BY_ROW, rows) | dict.fromkeys(_BY_SEGMENT, segments)
+        columns = {name: np.dtype(dtype) for name, dtype in (_BY_ROW | _BY_SEGMENT).items()}
+        yield Sidecar(
+            **{name: np.frombuffer(file.read(counts[name] * dtype.itemsize), dtype) for name, dtype in columns.items()}
+        )
 
 
-def _totals(task: SplitTask, num_rows: int, num_segments: int) -> Totals:
-    by_source = np.zeros(task.num_sources, np.int64)
-    for source, length in zip(_parts(task, "segment_source"), _parts(task, "segment_length"), strict=True):
-        by_source += np.bincount(source, length, task.num_sources).astype(np.int64)
-    targets = sum(int(part.sum()) for part in _parts(task, "row_targets"))
-    return Totals(num_rows, num_segments, int(by_source.sum()), targets, by_source.tolist())
+def _sidecars(task: SplitTask, count: int, sha256: dict[Path, str]) -> Iterator[Sidecar]:
+    """All blocks of all shards in order; ``sha256`` gets the hash of each shard's chunk."""
+    for shard in range(count):
+        with task.sidecar(shard).open("rb") as file:
+            sha256[task.chunk(shard)] = file.read(_DIGEST_BYTES).hex()
+            yield from _read_blocks(file)
+
+
+def _columns(task: SplitTask, num_rows: int, num_segments: int) -> dict[str, arrays.ColumnWriter]:
+    lengths = {name: (num_segments, dtype) for name, dtype in _BY_SEGMENT.items()}
+    lengths |= {"row_targets": (num_rows, "<u4"), "row_offsets": (num_rows + 1, "<i8")}
+    return {
+        name: arrays.ColumnWriter(task.data_directory / name, length, np.dtype(dtype).name)
+        for name, (length, dtype) in lengths.items()
+    }

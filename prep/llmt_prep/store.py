@@ -15,15 +15,17 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from llmt_prep.documents import BadRecord
 from llmt_shared import durable
 from llmt_shared.errors import FormatError
+
+if TYPE_CHECKING:
+    from llmt_prep.documents import BadRecord
 
 TEXT_HASH_SALT = 0x6C6C6D74_74657874
 """Fixed for ever: which documents are held out depends on it."""
@@ -146,8 +148,10 @@ def is_sound(path: Path) -> bool:
         return False
 
 
-def read_quarantine(path: Path) -> Iterator[BadRecord]:
+def read_quarantine(path: Path) -> "Iterator[BadRecord]":
     """Yield a unit's bad records in order."""
+    from llmt_prep.documents import BadRecord  # loads pyarrow, which a worker that gathers can do without
+
     with (path / _QUARANTINE).open(encoding="utf-8") as lines:
         yield from (BadRecord(**json.loads(line)) for line in lines)
 
@@ -179,7 +183,7 @@ class UnitWriter:
         ):
             self._write(name, np.ascontiguousarray(values, self._dtypes[name]).data)
 
-    def quarantine(self, bad: BadRecord) -> None:
+    def quarantine(self, bad: "BadRecord") -> None:
         """Append a bad record."""
         self._write(_QUARANTINE, json.dumps(bad._asdict()).encode() + b"\n")
 

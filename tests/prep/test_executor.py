@@ -1,9 +1,17 @@
 """Tasks in processes: a stop reaches the parent only, and nothing outlives it."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
+import small_tasks
+
+from llmt_prep import executor
+from llmt_shared.errors import DataError, Stopped
 
 INTERRUPTED = """
 import os, signal, sys, threading, time
@@ -41,3 +49,65 @@ def test_interrupts_never_reach_a_worker_not_even_while_it_starts(tmp_path: Path
         check=False,
     )
     assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def numbered(count: int, taken: list[int]) -> Iterator[tuple[int]]:
+    for number in range(count):
+        taken.append(number)
+        yield (number,)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("count", [0, 1, 2, 7])
+def test_every_task_gives_its_result_once(workers: int, count: int) -> None:
+    results = executor.run(small_tasks.square, numbered(count, []), workers)
+    assert sorted(results) == [(number, number * number) for number in range(count)]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_tasks_are_taken_only_as_workers_become_free(workers: int) -> None:
+    taken: list[int] = []
+    for seen, _ in enumerate(executor.run(small_tasks.square, numbered(200, taken), workers), 1):
+        assert len(taken) <= seen + workers
+
+
+def test_no_more_workers_start_than_there_are_tasks() -> None:
+    running = 0
+    for _ in executor.run(small_tasks.process, [(1,), (2,)], 8):
+        running = max(running, len(multiprocessing.active_children()))
+    assert 1 <= running <= 2
+
+
+def test_a_single_task_needs_no_process() -> None:
+    assert list(executor.run(small_tasks.process, [(1,)], 8)) == [(0, os.getpid())]
+
+
+def test_a_worker_that_is_killed_stops_the_run_and_names_its_task(tmp_path: Path) -> None:
+    with pytest.raises(Stopped, match=r"killed by SIGKILL in task 1, do\('die', .*same command again") as stopped:
+        list(executor.run(small_tasks.do, [("write", tmp_path), ("die", tmp_path)], 2))
+    assert stopped.value.exit_code == 4
+    assert_nothing_is_left(tmp_path)
+
+
+def test_a_task_that_fails_ends_the_others_and_says_where(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="bad record") as error:
+        list(executor.run(small_tasks.do, [("write", tmp_path), ("fail", tmp_path)], 2))
+    assert "small_tasks.py" in error.value.__notes__[0]
+    assert_nothing_is_left(tmp_path)
+
+
+def test_an_error_that_cannot_travel_comes_as_text(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="UnpicklableError: 1 and 2"):
+        list(executor.run(small_tasks.do, [("write", tmp_path), ("fail oddly", tmp_path)], 2))
+
+
+def test_a_run_that_is_not_read_to_its_end_ends_its_workers() -> None:
+    results = executor.run(small_tasks.square, numbered(100, []), 2)
+    next(results)
+    results.close()
+    assert multiprocessing.active_children() == []
+
+
+def assert_nothing_is_left(folder: Path) -> None:
+    assert list(folder.iterdir()) == []
+    assert multiprocessing.active_children() == []

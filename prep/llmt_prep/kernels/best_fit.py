@@ -1,18 +1,18 @@
 """Best-fit-decreasing compiled with numba: what `best_fit_numpy` does, in one streaming pass over the items."""
 
 import numpy as np
-from numba import njit
 
 from llmt_prep.kernels import best_fit_numpy
 from llmt_prep.kernels.best_fit_numpy import RUN_COPIES, RUN_ROWS, SLOT, STRIDE
+from llmt_prep.kernels.compiling import compiled
 
-plan = njit(cache=True)(best_fit_numpy.plan)
-lay_out = njit(cache=True)(best_fit_numpy.lay_out)
+plan = compiled(best_fit_numpy.plan)
+lay_out = compiled(best_fit_numpy.lay_out)
 
 _RUN = 3  # column of the state below that `runs` uses for STRIDE
 
 
-@njit(cache=True)
+@compiled
 def histogram(lengths, capacity):
     """Count the items of each length: [capacity + 1]."""
     counts = np.zeros(capacity + 1, np.int64)
@@ -21,7 +21,7 @@ def histogram(lengths, capacity):
     return counts
 
 
-@njit(cache=True)
+@compiled
 def place(lengths, first_run, runs):
     """Put every item into the next slot of its length: [slots], indices into ``lengths``."""
     items = np.empty(len(lengths), np.int64)
