@@ -73,6 +73,7 @@ def find_inputs(config: MixConfig, cache: Path, workers: int, *, rehash: bool, r
     _refuse_own_files(config, cache, found)
     known = read_index(cache / "files.json")
     files = _with_hashes(found, {} if rehash else known, workers)
+    check_unchanged(tuple(files))  # or a wrong hash would be remembered
     if remember:
         known.update({_identity(file): file.sha256 for file in files})
         write_index(cache / "files.json", known)
@@ -89,7 +90,7 @@ def check_unchanged(files: tuple[InputFile, ...]) -> None:
 
 def hash_file(path: str) -> str:
     """sha256 of a file's bytes."""
-    with open(path, "rb") as file:
+    with documents.reading_from(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llmt_prep.documents import columns, lines
+from llmt_prep.documents.faults import reading_from
 from llmt_prep.documents.files import FORMATS, compression, find_files, reader_for
 from llmt_prep.documents.hub import hf_files
 from llmt_prep.documents.record import PREVIEW_BYTES, BadRecord, Document, End, Item, Reading, Unit, shown
@@ -23,6 +24,7 @@ __all__ = [
     "lines_before",
     "read",
     "reader_for",
+    "reading_from",
     "shown",
     "split_into_units",
     "unit_bytes",
@@ -40,14 +42,15 @@ def split_into_units(path: Path, reader: str, bytes_per_unit: int) -> list[Unit]
 
     Raises:
         ConfigError: the suffix says nothing and no reader is given.
-        DataError: a Parquet or Arrow file is broken.
+        DataError: a Parquet or Arrow file is broken, or the system cannot read the file.
     """
     reader = reader_for(str(path), reader)
-    if reader == "parquet":
-        return columns.parquet_units(path, bytes_per_unit)
-    if reader == "arrow":
-        return columns.arrow_units(path, bytes_per_unit)
-    return lines.line_units(path, reader, bytes_per_unit)
+    with reading_from(str(path)):
+        if reader == "parquet":
+            return columns.parquet_units(path, bytes_per_unit)
+        if reader == "arrow":
+            return columns.arrow_units(path, bytes_per_unit)
+        return lines.line_units(path, reader, bytes_per_unit)
 
 
 def read(unit: Unit, reading: Reading) -> Iterator[Item]:
@@ -57,22 +60,18 @@ def read(unit: Unit, reading: Reading) -> Iterator[Item]:
 
     Raises:
         ConfigError: the text column of a Parquet or Arrow file is missing or is no string column.
-        DataError: the file is damaged; what could be read before the damage has been yielded.
+        DataError: the file is damaged or cannot be read; what could be read before that has been yielded.
     """
-    if unit.reader == "parquet":
-        return columns.read_parquet(unit, reading)
-    if unit.reader == "arrow":
-        return columns.read_arrow(unit, reading)
-    return lines.read_text(unit, reading) if unit.reader == "text" else lines.read_jsonl(unit, reading)
+    readers = {"parquet": columns.read_parquet, "arrow": columns.read_arrow, "text": lines.read_text}
+    with reading_from(unit.path):
+        yield from readers.get(unit.reader, lines.read_jsonl)(unit, reading)
 
 
 def unit_bytes(unit: Unit) -> Iterator[bytes]:
     """Yield every byte of the file on which the unit's records depend, still compressed where the file is."""
-    if unit.reader == "parquet":
-        return columns.parquet_bytes(unit)
-    if unit.reader == "arrow":
-        return columns.arrow_bytes(unit)
-    return lines.stored_bytes(unit)
+    sources = {"parquet": columns.parquet_bytes, "arrow": columns.arrow_bytes}
+    with reading_from(unit.path):
+        yield from sources.get(unit.reader, lines.stored_bytes)(unit)
 
 
 def lines_before(unit: Unit) -> int:

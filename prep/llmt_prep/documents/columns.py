@@ -89,6 +89,7 @@ def read_arrow(unit: Unit, reading: Reading) -> Iterator[Item]:
         for batch in _batches(unit):
             _check_column(unit.path, batch.schema, reading.text_field)
             column = batch.column(batch.schema.get_field_index(reading.text_field))
+            _check_layout(column)
             rows = _rows_per_slice(column.nbytes, len(column))
             for start in range(0, len(column), rows):
                 yield from _records(column.slice(start, rows), first + start, reading)
@@ -169,6 +170,21 @@ def _records(column: Any, first: int, reading: Reading) -> Iterator[Document | B
         yield _record(record, value, reading)
 
 
+def _check_layout(column: Any) -> None:
+    """Raise ArrowInvalid where offsets or indices lead outside the data, which pyarrow follows and the process dies.
+
+    Strings are checked as bytes: whether they are UTF-8 is for each row to say.
+    """
+    if pa.types.is_dictionary(column.type):
+        pa.DictionaryArray.from_arrays(column.indices, pa.nulls(len(column.dictionary)), safe=True)
+        column = column.dictionary
+    kind = _BINARY[column.type]
+    pa.Array.from_buffers(kind, len(column), column.buffers(), offset=column.offset).validate(full=True)
+
+
+_BINARY = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
+
+
 def _record(record: int, value: Any, reading: Reading) -> Document | BadRecord:
     try:
         text = value.as_py() if isinstance(value, pa.Scalar) else value
@@ -228,9 +244,9 @@ def _readable(path: str, kind: str) -> Iterator[None]:
     """Turn what pyarrow says of a damaged file into one message; a missing file stays what it is."""
     try:
         yield
-    except (FileNotFoundError, PermissionError, IsADirectoryError):
-        raise
-    except (pa.ArrowException, OSError, EOFError) as error:
+    except (pa.ArrowException, OSError, EOFError, ValueError, SystemError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the system cannot read it
         reason = (str(error).splitlines() or ["no reason given"])[0]
         raise DataError(
             f"{path}: not a readable {kind} file: {reason}; it is damaged, cut short or of another format: "

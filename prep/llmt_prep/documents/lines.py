@@ -20,6 +20,8 @@ _PIECE = 1 << 20
 _ZSTD_PIECE = 1 << 10
 """Compressed bytes given to zstd at once; it has no limit on its output, and 1 KiB can become 32 MiB at most."""
 _BOM = b"\xef\xbb\xbf"
+_KEY_CHARACTERS = 60
+"""Of a field's name in a message; a name may be as long as a record."""
 
 
 class _Line(NamedTuple):
@@ -141,7 +143,7 @@ def _text_of(value: object, field: str) -> str:
     if not isinstance(value, dict):
         raise ValueError(f"{_JSON_KINDS[type(value)]}; wanted an object with the field {field!r}")
     if field not in value:
-        present = ", ".join(map(repr, list(value)[:12])) or "none"
+        present = ", ".join(repr(key[:_KEY_CHARACTERS]) for key in list(value)[:12]) or "none"
         raise ValueError(f"no field {field!r}; its fields: {present}; `text_field` names the one to read")
     text = value[field]
     if not isinstance(text, str):
@@ -213,6 +215,11 @@ def _decompressed(unit: Unit) -> Iterator[bytes]:
         with open(unit.path, "rb") as file:
             yield from _gunzip(file) if kind == ".gz" else _unzstd(file)
     except (zlib.error, zstandard.ZstdError, EOFError) as error:
+        if "too much memory" in str(error):
+            raise DataError(
+                f"{unit.path}: written by `zstd --long`, so reading takes more than 128 MiB of memory; "
+                f"compress it again without `--long`"
+            ) from None
         raise DataError(
             f"{unit.path}: not a whole {name} file: {error}; it is damaged or was cut short: fetch or compress it again"
         ) from None
@@ -246,8 +253,8 @@ def _unzstd(file: BinaryIO) -> Iterator[bytes]:
         while piece:
             frame = frame or zstandard.ZstdDecompressor().decompressobj()
             out = frame.decompress(piece)
-            if out:
-                yield out
+            for start in range(0, len(out), _PIECE):  # cut: 32 MiB of line feeds would be 32 million lines at once
+                yield out[start : start + _PIECE]
             piece = b""
             if frame.eof:
                 piece, frame = frame.unused_data, None
