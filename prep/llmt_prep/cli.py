@@ -54,11 +54,11 @@ def pack(
     from llmt_prep.config import MixConfig
     from llmt_prep.pipeline import build_dataset, summary
     from llmt_prep.pipeline import dry_run as plan_dataset
-    from llmt_prep.stopping import stoppable
+    from llmt_prep.stopping import RESUME, START_AGAIN, stoppable
     from llmt_shared.config import load_config
 
     config = load_config(mix, MixConfig, overrides or [])
-    with stoppable():
+    with stoppable(START_AGAIN if dry_run else RESUME):
         if dry_run:
             plan = plan_dataset(config, workers=workers, rehash=rehash)
             typer.echo(plan.model_dump_json(indent=1) if as_json else plans.render(plan))

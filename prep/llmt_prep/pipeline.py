@@ -106,6 +106,7 @@ def _build(config: MixConfig, workers: int, force: bool, rehash: bool) -> Built:
     mix = resolved(config, inputs.commits, tokenizer.commit)
     recipe = recipe_of(mix, inputs.files, tokenizer.digest)
     if not force and (done := _finished(config.output, recipe)) is not None:
+        staging.clear(config.output)  # what a `--force` left that was stopped and is not wanted any more
         return done
     directory, is_resumed = staging.prepare(config.output, recipe)
     if is_resumed:

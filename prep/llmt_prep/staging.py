@@ -11,8 +11,8 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llmt_shared import durable
@@ -33,22 +33,32 @@ def staging_of(output: Path) -> Path:
 def locked(output: Path) -> Iterator[None]:
     """Hold the lock of an output; the kernel drops it when the process ends, however it ends.
 
+    What was made for it and holds nothing in the end is removed: folders above the output, a staging directory with
+    nothing but its note.
+
     Raises:
-        ConfigError: another process holds it, and the message names which; the file is not one of ours.
+        ConfigError: another process holds it, and the message names which; the file is not one of ours; there is no
+            writing where the output is to be.
     """
     path = output.parent / f"{output.name}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = _acquire(path)
+    missing = [folder for folder in path.parents if not folder.exists()]
     try:
-        yield
+        descriptor = _acquire(path)
+        try:
+            yield
+        finally:
+            _discard_if_idle(staging_of(output))
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
     finally:
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
+        _remove_empty(missing)
 
 
 def _acquire(path: Path) -> int:
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = _opened(path)
+        if descriptor is None:
+            continue  # a run that failed removed the folder that it had made
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -65,6 +75,21 @@ def _acquire(path: Path) -> int:
     started = time.strftime("%Y-%m-%d %H:%M:%S")
     os.write(descriptor, f"{_HOLDER}{os.getpid()} on {socket.gethostname()}, since {started}\n".encode())
     return descriptor
+
+
+def _opened(path: Path) -> int | None:
+    """A descriptor of the lock file; nothing where its folder went away meanwhile."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        if error.filename == str(path) and not path.parent.exists():
+            return None
+        if durable.is_full_disk(error):
+            raise
+        raise ConfigError(
+            f"{error.filename}: {error.strerror}; wanted to write there; choose another `output`"
+        ) from None
 
 
 def _is_same_file(path: Path, descriptor: int) -> bool:
@@ -95,6 +120,12 @@ def recover(output: Path) -> None:
     is_published = not has_data and (staging / "journal").exists()  # a journal without its data would be believed
     if is_published or not (staging / _NOTE).exists():
         _discard(staging)
+
+
+def clear(output: Path) -> None:
+    """Remove unfinished work on an output, for it is not wanted any more."""
+    if staging_of(output).exists():
+        _discard(staging_of(output))
 
 
 def prepare(output: Path, recipe: str) -> tuple[Path, bool]:
@@ -132,3 +163,16 @@ def _discard(staging: Path) -> None:
     (staging / _NOTE).unlink(missing_ok=True)
     durable.sync_directory(staging)
     shutil.rmtree(staging)
+
+
+def _discard_if_idle(staging: Path) -> None:
+    """Remove a staging directory without any work in it."""
+    if staging.is_dir() and [path.name for path in staging.iterdir()] == [_NOTE]:
+        _discard(staging)
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders, the deepest first, as far as they are empty."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()

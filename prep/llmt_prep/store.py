@@ -226,6 +226,9 @@ def writing_unit(path: Path, dtype: np.dtype[Any]) -> Iterator[UnitWriter]:
         if writer.meta is None:
             raise ValueError(f"{path}: the unit was not finished")
         _publish(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a write that fails does not know where
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # gone already when all went well
 

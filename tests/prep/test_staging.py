@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from llmt_prep import staging
+from llmt_prep import pipeline, staging
 from llmt_prep.config import MixConfig
 from llmt_prep.pipeline import Built, build_dataset
 from llmt_shared.dataset import open_dataset
-from llmt_shared.errors import ConfigError, FormatError
+from llmt_shared.errors import ConfigError, DataError, FormatError, Stopped
 
 KILLED = """
 import os, pathlib, shutil, sys
@@ -127,3 +127,52 @@ def test_a_damaged_dataset_is_named_and_replaced_by_force(mix: dict[str, Any], n
     with pytest.raises(FormatError, match=r"damaged|truncated"):
         build(mix)
     assert build(mix, force=True).digest == digest
+
+
+def test_a_run_that_fails_at_once_leaves_nothing(mix: dict[str, Any], tmp_path: Path) -> None:
+    mix["sources"]["help"]["path"] = "no/such/file.jsonl"
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match="no/such"):
+        build(mix | {"output": str(tmp_path / "a" / "b" / "data")})
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_that_fails_on_its_input_leaves_its_cache_and_nothing_else(mix: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text("{broken\n")
+    mix["sources"]["bad"] = {"path": str(tmp_path / "bad.jsonl")}
+    with pytest.raises(DataError, match="1 of 1 records"):
+        build(mix)
+    assert leftovers(Path(mix["output"])) == []
+
+
+def stop_gathering(mix: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Build by force and stop when all shards are written."""
+
+    def stop(*_: Any) -> None:
+        raise Stopped("as asked")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.shards, "finish_split", stop)
+        with pytest.raises(Stopped):
+            build(mix, force=True)
+    assert staging.staging_of(Path(mix["output"])).exists()
+
+
+def test_a_stopped_force_is_gone_on_with_by_force(mix: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = build(mix | {"seed": 8, "output": mix["output"] + "2"}).digest
+    old = build(mix).digest
+    stop_gathering(mix | {"seed": 8}, monkeypatch)
+    assert build(mix).digest == old
+    stop_gathering(mix | {"seed": 8}, monkeypatch)
+    assert build(mix | {"seed": 8}, force=True).digest == wanted
+
+
+def test_a_stopped_force_that_is_not_wanted_any_more_leaves_nothing(
+    mix: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = build(mix).digest
+    for seed in (8, mix["seed"]):
+        stop_gathering(mix | {"seed": seed}, monkeypatch)
+        again = build(mix)
+        assert (again.is_new, again.digest) == (False, old)
+        assert leftovers(Path(mix["output"])) == []
