@@ -1,5 +1,6 @@
 """Progress of long work on stderr: a bar on a terminal, plain lines otherwise."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -9,8 +10,11 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 def say(message: str) -> None:
-    """Write one line of the log."""
-    print(message, file=sys.stderr, flush=True)  # noqa: T201
+    """Write one line of the log; a log that nobody reads any more (`2>&1 | head`) ends no run."""
+    try:
+        print(message, file=sys.stderr, flush=True)  # noqa: T201
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 @contextmanager
