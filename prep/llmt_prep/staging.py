@@ -45,6 +45,7 @@ def locked(output: Path) -> Iterator[None]:
     try:
         descriptor = _acquire(path)
         try:
+            _sign(descriptor, path)
             yield
         finally:
             _discard_if_idle(staging_of(output))
@@ -71,10 +72,15 @@ def _acquire(path: Path) -> int:
     if os.pread(descriptor, len(_HOLDER), 0) not in (b"", _HOLDER.encode()):
         os.close(descriptor)
         raise ConfigError(f"{path}: is no lock file of llmt-prep, but the lock needs this name; move it away")
-    os.ftruncate(descriptor, 0)
-    started = time.strftime("%Y-%m-%d %H:%M:%S")
-    os.write(descriptor, f"{_HOLDER}{os.getpid()} on {socket.gethostname()}, since {started}\n".encode())
     return descriptor
+
+
+def _sign(descriptor: int, path: Path) -> None:
+    """Write into the lock file who holds it."""
+    started = time.strftime("%Y-%m-%d %H:%M:%S")
+    with durable.naming(path):
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{_HOLDER}{os.getpid()} on {socket.gethostname()}, since {started}\n".encode())
 
 
 def _opened(path: Path) -> int | None:

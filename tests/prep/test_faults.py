@@ -198,7 +198,7 @@ def test_a_disk_that_is_full_in_any_stage_ends_with_4_and_the_rest_is_done_later
         assert stopped.exit_code == 4
         assert not Path(mix["output"]).exists()
         messages.append(str(stopped))
-    for place in ("files.json", "tokenizer.json", "units/", "data/train/tokens"):
+    for place in ("data.lock", "tokenizer.json", "units/", "data/train/tokens"):
         assert any(place in message for message in messages), place
     assert all("no room left on the disk while writing" in message for message in messages)
     assert build(mix).digest == reference
