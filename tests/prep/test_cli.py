@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import pytest
@@ -184,36 +183,6 @@ def test_sigterm_ends_with_4_and_says_how_to_go_on(mix: dict[str, Any], tmp_path
     _, log = process.communicate()
     assert process.returncode == 4, log
     assert "stopped: by SIGTERM; nothing is lost: run the same command again" in log
-
-
-def _kill_and_resume(mix: dict[str, Any], folder: Path, kills: int) -> None:
-    mix |= {"shard_size": 20_000, "unit_size": 10_000}
-    path = written(mix, folder / "mix.yaml")
-    started = time.monotonic()
-    assert run("pack", "--mix", path, "--workers", "2").returncode == 0
-    seconds = time.monotonic() - started
-    reference = open_dataset(mix["output"]).digest
-    random = Random(0)
-    for number in range(kills):
-        output = folder / f"kill-{number}" / "data"
-        arguments = ["pack", "--mix", str(path), f"output={output}", "--workers", "2"]
-        process = subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        try:
-            process.wait(random.uniform(0.2, seconds))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        assert run(*arguments).returncode == 0
-        assert open_dataset(output).digest == reference
-
-
-def test_a_killed_pack_goes_on_to_the_same_dataset(mix: dict[str, Any], tmp_path: Path) -> None:
-    _kill_and_resume(mix, tmp_path, kills=5)
-
-
-@pytest.mark.slow
-def test_twenty_killed_packs_go_on_to_the_same_dataset(mix: dict[str, Any], tmp_path: Path) -> None:
-    _kill_and_resume(mix, tmp_path, kills=20)
 
 
 def test_schema_is_a_json_schema_of_the_mix() -> None:

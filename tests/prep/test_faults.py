@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks import kills
 from ruamel.yaml import YAML
 
 from llmt_prep.config import MixConfig
@@ -279,19 +280,6 @@ def test_two_runs_at_once_share_a_cache(mix: dict[str, Any], tmp_path: Path, ref
         assert json.loads(out)["digest"] == reference
 
 
-def children() -> list[int]:
-    """Worker processes of this one."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            is_mine = int(stat.read_text().rpartition(")")[2].split()[1]) == os.getpid()
-            if is_mine and b"spawn_main" in (stat.parent / "cmdline").read_bytes():
-                found.append(int(stat.parent.name))
-        except OSError:
-            continue  # it ended while we looked
-    return found
-
-
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are found through /proc")
 def test_a_worker_that_is_killed_ends_the_run_with_4_and_the_rest_is_done_later(
     mix: dict[str, Any], reference: str
@@ -300,7 +288,7 @@ def test_a_worker_that_is_killed_ends_the_run_with_4_and_the_rest_is_done_later(
         units = Path(mix["output"]).parent / ".llmt-cache" / "units"
         while not list(units.glob("*/.*.tmp")):
             time.sleep(0.001)
-        os.kill(children()[0], signal.SIGKILL)
+        os.kill(min(kills.workers(os.getpid())), signal.SIGKILL)
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
@@ -345,3 +333,13 @@ def test_a_file_that_changes_while_it_is_read_is_named_and_nothing_of_it_is_kept
     finally:
         path.write_bytes(before)
         os.utime(path, ns=times)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are found through /proc")
+@pytest.mark.parametrize(("num_kills", "megabytes"), [(5, 1), pytest.param(40, 8, marks=pytest.mark.slow)])
+def test_killed_runs_go_on_to_the_same_dataset_and_leave_nothing(
+    tmp_path: Path, num_kills: int, megabytes: float
+) -> None:
+    report = kills.campaign(tmp_path, num_kills, builds=1 + num_kills // 8, megabytes=megabytes, seed=1)
+    assert len(report.kills) >= num_kills
+    assert report.wrong == []
