@@ -34,7 +34,7 @@ def main() -> None:
     print(table(HEADER, [row for engine in said.engines for row in _rows(engine, results)]))
 
 
-HEADER = ["", "s (min-max)", "start-up, s", "MB/s less start-up", "ratio"]
+HEADER = ["", "s (min-max)", "CPU s", "start-up, s", "MB/s less start-up", "ratio"]
 
 
 def _repacked(home: Path) -> dict[str, int]:
@@ -47,22 +47,19 @@ def _repacked(home: Path) -> dict[str, int]:
 def _rows(engine: str, results: dict[str, Result]) -> list[list[str]]:
     bare, one, two = (results[name] for name in (f"bare {engine}", f"pack {engine}", f"pack {engine}, 2 workers"))
     again = one.written["milliseconds"] / 1000
-    faster = f"{one.seconds / two.seconds:.2f} times one worker"
+    faster, net_faster = one.seconds / two.seconds, one.net_seconds / two.net_seconds
     return [
         [f"bare {engine}", *_times(bare), ""],
         [f"pack {engine}", *_times(one), f"{one.net_seconds / bare.net_seconds:.3f} of the bare engine's time"],
-        [
-            f"pack {engine}, 2 workers",
-            *_times(two),
-            f"{faster} ({one.net_seconds / two.net_seconds:.2f} less start-up)",
-        ],
-        [f"again with L = {REPACKED_LENGTH}", f"{again:.2f}", "", "", f"{again / one.seconds:.1%} of the first run"],
+        [f"pack {engine}, 2 workers", *_times(two), f"{faster:.2f} times one worker, {net_faster:.2f} less start-up"],
+        [f"again with L = {REPACKED_LENGTH}", f"{again:.2f}", *[""] * 3, f"{again / one.seconds:.1%} of the first run"],
     ]
 
 
 def _times(result: Result) -> list[str]:
     low, high = result.spread
-    return [f"{result.seconds:.2f} ({low:.2f}-{high:.2f})", f"{result.startup:.2f}", f"{result.net_rate:.2f}"]
+    numbers = (result.cpu_seconds, result.startup, result.net_rate)
+    return [f"{result.seconds:.2f} ({low:.2f}-{high:.2f})", *(f"{number:.2f}" for number in numbers)]
 
 
 if __name__ == "__main__":

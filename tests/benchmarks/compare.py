@@ -51,7 +51,7 @@ def _bare(engine: str, file: Path) -> str:
 
 def _header(engines: list[str]) -> list[str]:
     ratios = [f"llmt {engine} / this" for engine in engines]
-    return ["", "MB", "s (min-max)", "MB/s", "start-up, s", "MB/s less start-up", *ratios, "s / bare engine",
+    return ["", "MB", "s (min-max)", "CPU s", "MB/s", "start-up, s", "MB/s less start-up", *ratios, "s / bare engine",
             "tokens, rows", "lost", "peak MB", "what it does"]  # fmt: skip
 
 
@@ -63,7 +63,8 @@ def _row(name: str, results: dict[str, Result], engines: list[str], todo: dict[s
     tokens, rows = mine.written["tokens"], mine.written["rows"]
     low, high = mine.spread
     return [
-        name, f"{mine.num_bytes / 1e6:.0f}", f"{mine.seconds:.1f} ({low:.1f}-{high:.1f})", f"{mine.rate:.2f}",
+        name, f"{mine.num_bytes / 1e6:.0f}", f"{mine.seconds:.1f} ({low:.1f}-{high:.1f})", f"{mine.cpu_seconds:.1f}",
+        f"{mine.rate:.2f}",
         f"{mine.startup:.2f}", f"{mine.net_rate:.2f}", *ratios, f"{mine.net_seconds / bare.net_seconds:.3f}",
         f"{tokens:,}, {rows:,}", f"{1 - tokens / bare.written['tokens']:.2%}", f"{mine.peak_bytes / 1e6:.0f}",
         PEERS.get(name, LLMT if name.startswith("llmt") else "writes nothing"),

@@ -26,6 +26,7 @@ class Run(NamedTuple):
     """One process and those that it waited for."""
 
     seconds: float
+    cpu_seconds: float
     peak_bytes: int
     """Resident memory of the largest process."""
     stdout: str
@@ -54,6 +55,8 @@ class Result(NamedTuple):
 
     seconds: float
     spread: tuple[float, float]
+    cpu_seconds: float
+    """Much less than ``seconds`` where the machine was busy with other things."""
     startup: float
     num_bytes: int
     tiny_bytes: int
@@ -107,7 +110,8 @@ def run(command: Command, cores: Iterable[int], home: Path) -> Run:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"{' '.join(map(str, command))}\nfailed:\n{(home / 'stderr').read_text()[-2000:]}")
-    return Run(seconds, usage.ru_maxrss * 1024, (home / "stdout").read_text())
+    cpu_seconds = usage.ru_utime + usage.ru_stime
+    return Run(seconds, cpu_seconds, usage.ru_maxrss * 1024, (home / "stdout").read_text())
 
 
 def head(corpus: Path, num_bytes: int, folder: Path) -> Path:
@@ -161,6 +165,7 @@ def _result(job: Job, done: Sequence[Round], work: Path) -> Result:
     return Result(
         seconds=median(seconds),
         spread=(min(seconds), max(seconds)),
+        cpu_seconds=median(each.whole.cpu_seconds for each in done),
         startup=median(each.tiny.seconds for each in done),
         num_bytes=job.corpus.stat().st_size,
         tiny_bytes=head(job.corpus, TINY_BYTES, work).stat().st_size,
