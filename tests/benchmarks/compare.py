@@ -23,7 +23,7 @@ PEERS = {
 }
 REFERENCE = "tokenizers"
 """The engine of every peer."""
-LLMT = "splits long documents; best fit over all documents; shuffles; checksums; fsync"
+LLMT = "splits long documents; best fit per 65 536 documents, with carry; shuffles; checksums; fsync"
 
 
 def main() -> None:
