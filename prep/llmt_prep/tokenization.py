@@ -4,11 +4,11 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import xxhash
@@ -46,6 +46,7 @@ def tokenize_unit(
     settings: TextSettings,
     directory: Path,
     check: Callable[[], None] = lambda: None,
+    origin: Mapping[str, Any] | None = None,
 ) -> UnitMeta:
     """Write one unit of the token store.
 
@@ -56,6 +57,7 @@ def tokenize_unit(
         settings: BOS, EOS and control strings.
         directory: the folder to make; it appears whole or not at all.
         check: called when all is read; what it raises keeps the unit from appearing.
+        origin: what the unit is made of, to be kept with it.
 
     Raises:
         ConfigError: BOS or EOS is wanted and the tokenizer has none.
@@ -68,7 +70,7 @@ def tokenize_unit(
     find = control_string_finder(tokenizer.control_tokens)
     dtype = token_dtype(tokenizer.max_id)
     counts: Counter[str] = Counter()
-    with writing_unit(directory, dtype) as writer:
+    with writing_unit(directory, dtype, origin) as writer:
         for batch in _batches(documents.read(unit, reading)):
             marked = [item for item in batch if isinstance(item, Document) and find(item.text) is not None]
             if marked and settings.special_tokens_in_text == "error":
@@ -79,10 +81,10 @@ def tokenize_unit(
         return writer.finish({name: counts[name] for name in _COUNTED})
 
 
-def unit_key(
+def unit_facts(
     unit: Unit, content_hash: str, reading: Reading, tokenizer: LoadedTokenizer, settings: TextSettings
-) -> str:
-    """Return the name of the unit in the token store: 64 hex digits that change with whatever could change its content.
+) -> dict[str, Any]:
+    """Return whatever could change the content of a unit, as JSON can hold it.
 
     Args:
         unit: its path counts only for how the file is compressed.
@@ -91,7 +93,7 @@ def unit_key(
         tokenizer: counts by its files and its BOS and EOS.
         settings: BOS, EOS and control strings.
     """
-    facts = {
+    return {
         "version": TOKENIZATION_VERSION,
         "content": content_hash,
         "range": [unit.start, unit.stop],
@@ -100,14 +102,19 @@ def unit_key(
         "tokenizer": [tokenizer.digest, tokenizer.bos_id, tokenizer.eos_id],
         "settings": asdict(settings),
     }
+
+
+def unit_key(facts: Mapping[str, Any]) -> str:
+    """Return the name of a unit in the token store: 64 hex digits that change with any of its facts."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def hash_content(unit: Unit) -> str:
-    """Return the xxh3_128 of every stored byte on which the unit's records depend."""
+def hash_content(unit: Unit, feed: Callable[[bytes], None] = lambda piece: None) -> str:
+    """Return the xxh3_128 of every stored byte on which the unit's records depend; ``feed`` is given them too."""
     state = xxhash.xxh3_128()
     for piece in documents.unit_bytes(unit):
         state.update(piece)
+        feed(piece)
     return str(state.hexdigest())
 
 
