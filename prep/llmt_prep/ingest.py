@@ -4,29 +4,35 @@ A unit's name in the cache is the hash of what its tokens depend on: the file's 
 tokenizer and how documents begin and end. So another row length, mixture or seed tokenizes nothing again.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmt_prep import documents, executor
+from llmt_prep import documents, executor, store
+from llmt_prep.cache import Origin, tokenizer_directory, unit_directory
 from llmt_prep.config import MixConfig, tolerated
 from llmt_prep.corpus import Corpus, UnitEntry
 from llmt_prep.documents import Reading, Unit
-from llmt_prep.inputs import InputFile, Inputs, check_unchanged, read_index, reading_of, write_index
-from llmt_prep.progress import stage
+from llmt_prep.hashes import IN_PROCESS_BYTES, check_unchanged
+from llmt_prep.inputs import InputFile, Inputs, reading_of
+from llmt_prep.progress import say, stage
 from llmt_prep.report import escaped
 from llmt_prep.store import UnitMeta, open_unit, read_quarantine
-from llmt_prep.tokenization import TextSettings, hash_content, tokenize_unit, unit_key
+from llmt_prep.tokenization import TextSettings, tokenize_unit, unit_facts, unit_key
 from llmt_prep.tokenizer import LoadedTokenizer, load_tokenizer
 from llmt_shared import durable
 from llmt_shared.errors import DataError
 
 _MANY_BAD = 100
 """Bad records before a share of them may stop a run in the middle."""
+_AHEAD_BYTES = 128 << 10
+"""Of one call Linux serves no more than the device's read-ahead window, and drops the rest without a word."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +47,28 @@ class TokenizeTask:
     directory: str
     file: InputFile
     """Where the unit lies, as it was when it was hashed."""
+    origin: Origin
+    ahead: tuple[str, int, int] | None
+    """Path and byte range of what the same worker is likely to be given next."""
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """Where a unit belongs and where its tokens are or will be."""
 
     file: int
+    """Index of the input file."""
     source: int
     unit: Unit
+    span: tuple[int, int]
+    """Bytes of the file that the unit reads, about."""
+    origin: Origin
     directory: Path
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of input, about."""
+        return self.span[1] - self.span[0]
 
 
 def tokenize_inputs(
@@ -74,13 +92,41 @@ def tokenize_inputs(
     Raises:
         DataError: more bad records than `max_bad`, damaged input.
     """
-    folder = _shelve_tokenizer(cache, tokenizer)
-    settings, said = _settings(config), config.tokenizer
-    places = _places(config, inputs, tokenizer, settings, (cache, known or cache), workers)
+    folder, said = _shelve_tokenizer(cache, tokenizer), config.tokenizer
+    places = place_units(config, inputs, tokenizer, known or cache)
+    places = _reusable(places, cache, damaged_units(places, workers))
     _tokenize_missing(config, inputs, places, (str(folder), said.eos_token, said.bos_token), workers)
     metas = [open_unit(place.directory).meta for place in places]
     _check_bad(config, inputs, places, metas, np.ones(len(config.sources)))
     return _corpus(inputs.files, places, metas, len(config.sources))
+
+
+def place_units(config: MixConfig, inputs: Inputs, tokenizer: LoadedTokenizer, cache: Path) -> list[Place]:
+    """Return where a cache holds each unit of the input, or would hold it."""
+    settings = _settings(config)
+    readings = [reading_of(config, source) for source in config.sources.values()]
+    places = []
+    for each in inputs.units:
+        file = inputs.files[each.file]
+        facts = unit_facts(each.unit, each.content, readings[file.source], tokenizer, settings)
+        origin = Origin(facts, _full_name(file), file.sha256, config.unit_size, config.tokenizer.path)
+        directory = unit_directory(cache, unit_key(facts))
+        places.append(Place(each.file, file.source, each.unit, each.span, origin, directory))
+    return places
+
+
+def damaged_units(places: Iterable[Place], workers: int) -> set[Path]:
+    """Return the folders of units that are there and are not what was once written; it reads all that are there."""
+    there = {place.directory: place.bytes for place in places if place.directory.exists()}
+    folders, total = list(there), sum(there.values())
+    damaged = set()
+    with stage("check cache", total, "bytes") as advance:
+        tasks = [(folder,) for folder in folders]
+        for done, is_sound in executor.run(store.is_sound, tasks, workers if total > IN_PROCESS_BYTES else 1):
+            advance(there[folders[done]])
+            if not is_sound:
+                damaged.add(folders[done])
+    return damaged
 
 
 def run_task(task: TokenizeTask) -> UnitMeta:
@@ -88,9 +134,10 @@ def run_task(task: TokenizeTask) -> UnitMeta:
 
     A unit's name says what its file held when it was hashed: of a file that has changed since, none may appear.
     """
+    _read_ahead(task.ahead)
     tokenizer, directory = _loaded(*task.tokenizer), Path(task.directory)
     check = partial(check_unchanged, (task.file,))
-    return tokenize_unit(task.unit, task.reading, tokenizer, task.settings, directory, check)
+    return tokenize_unit(task.unit, task.reading, tokenizer, task.settings, directory, check, asdict(task.origin))
 
 
 @lru_cache(maxsize=1)
@@ -104,71 +151,55 @@ def _settings(config: MixConfig) -> TextSettings:
 
 def _shelve_tokenizer(cache: Path, tokenizer: LoadedTokenizer) -> Path:
     """Put the tokenizer's files where every worker can load them."""
-    folder = cache / "tokenizers" / tokenizer.digest[:32]
+    folder = tokenizer_directory(cache, tokenizer.digest)
     for name, content in tokenizer.files.items():
-        if not (folder / name).exists():
+        if not (folder / name).exists() or (folder / name).read_bytes() != content:
             durable.write(folder / name, content)
     return folder
 
 
-def _places(
-    config: MixConfig,
-    inputs: Inputs,
-    tokenizer: LoadedTokenizer,
-    settings: TextSettings,
-    caches: tuple[Path, Path],
-    workers: int,
-) -> list[_Place]:
-    """Every unit with its folder: in the second cache where that holds it, else in the first."""
-    readings = [reading_of(config, source) for source in config.sources.values()]
-    units = [
-        (index, unit)
-        for index, file in enumerate(inputs.files)
-        for unit in documents.split_into_units(Path(file.path), readings[file.source].reader, config.unit_size)
-    ]
-    hashes = _unit_hashes([(unit, inputs.files[index]) for index, unit in units], caches, workers)
-    places = []
-    for (index, unit), content in zip(units, hashes, strict=True):
-        source = inputs.files[index].source
-        key = unit_key(unit, content, readings[source], tokenizer, settings)
-        folders = [cache / "units" / key[:2] / key for cache in caches]
-        places.append(_Place(index, source, unit, folders[1] if folders[1].exists() else folders[0]))
-    return places
+def _full_name(file: InputFile) -> str:
+    return os.path.abspath(file.path) if file.name == file.path else file.name
 
 
-def _unit_hashes(units: Sequence[tuple[Unit, InputFile]], caches: tuple[Path, Path], workers: int) -> list[str]:
-    """Hashes of what each unit reads: where a file grew, those of its old units stay as they were."""
-    known = read_index(caches[1] / "units.json")
-    names = [f"{file.sha256}|{unit.reader}|{unit.start}|{unit.stop}" for unit, file in units]
-    missing = [i for i, name in enumerate(names) if name not in known]
-    for done, content in executor.run(hash_unit, [units[i] for i in missing], workers):
-        known[names[missing[done]]] = content
-    if missing:
-        write_index(caches[0] / "units.json", known)
-    return [known[name] for name in names]
+def _reusable(places: Sequence[Place], cache: Path, damaged: set[Path]) -> list[Place]:
+    """The places, with what is not there, or is damaged, in the cache that is written."""
+    for path in sorted(damaged):
+        say(f"{path}: this unit of the cache is damaged; it is tokenized again")
+        is_written = path == unit_directory(cache, path.name)
+        if is_written and not store.is_sound(path):  # another run may have made it again meanwhile
+            store.remove_unit(path)
+    return [_used_or_moved(place, cache, damaged) for place in places]
 
 
-def hash_unit(unit: Unit, file: InputFile) -> str:
-    """Hash what a unit reads; in any process."""
-    content = hash_content(unit)
-    check_unchanged((file,))
-    return content
+def _used_or_moved(place: Place, cache: Path, damaged: set[Path]) -> Place:
+    own = unit_directory(cache, place.directory.name)
+    if place.directory in damaged or not place.directory.exists():
+        return replace(place, directory=own)
+    if place.directory == own:
+        with suppress(OSError):  # another user's unit is used all the same
+            os.utime(own)  # `cache prune` goes by when a unit was last used
+    return place
 
 
 def _tokenize_missing(
     config: MixConfig,
     inputs: Inputs,
-    places: Sequence[_Place],
+    places: Sequence[Place],
     tokenizer: tuple[str, str | None, str | None],
     workers: int,
 ) -> None:
     missing = {place.directory: place for place in places if not place.directory.exists()}
     todo = list(missing.values())
-    tasks = [(_task(config, inputs.files[place.file], place, tokenizer),) for place in todo]
-    sizes = [_size(place.unit, inputs.files[place.file]) for place in todo]
+    ahead = [*todo[workers:], *[None] * workers]
+    tasks = [
+        (_task(config, inputs.files[place.file], place, after, tokenizer),)
+        for place, after in zip(todo, ahead, strict=False)
+    ]
+    sizes = [place.bytes for place in todo]
     in_all = np.bincount([place.source for place in todo], sizes, len(config.sources))
     read = np.zeros(len(config.sources))
-    seen: list[tuple[_Place, UnitMeta]] = []
+    seen: list[tuple[Place, UnitMeta]] = []
     with stage("tokenize", sum(sizes), "bytes") as advance:
         for done, meta in executor.run(run_task, tasks, workers):
             advance(sizes[done])
@@ -180,20 +211,33 @@ def _tokenize_missing(
 
 
 def _task(
-    config: MixConfig, file: InputFile, place: _Place, tokenizer: tuple[str, str | None, str | None]
+    config: MixConfig,
+    file: InputFile,
+    place: Place,
+    after: Place | None,
+    tokenizer: tuple[str, str | None, str | None],
 ) -> TokenizeTask:
     reading = reading_of(config, list(config.sources.values())[place.source])
-    return TokenizeTask(place.unit, reading, _settings(config), tokenizer, str(place.directory), file)
+    ahead = (after.unit.path, *after.span) if after else None
+    return TokenizeTask(
+        place.unit, reading, _settings(config), tokenizer, str(place.directory), file, place.origin, ahead
+    )
 
 
-def _size(unit: Unit, file: InputFile) -> int:
-    return min(unit.stop - unit.start, file.bytes) if unit.reader != "parquet" else file.bytes
+def _read_ahead(ahead: tuple[str, int, int] | None) -> None:
+    """Ask the system to read a byte range while other work goes on; what it cannot do is left undone."""
+    if ahead is None or not hasattr(os, "posix_fadvise"):
+        return
+    path, start, stop = ahead
+    with suppress(OSError), open(path, "rb") as file:
+        for offset in range(start, stop, _AHEAD_BYTES):
+            os.posix_fadvise(file.fileno(), offset, min(_AHEAD_BYTES, stop - offset), os.POSIX_FADV_WILLNEED)
 
 
 def _check_bad(
     config: MixConfig,
     inputs: Inputs,
-    places: Sequence[_Place],
+    places: Sequence[Place],
     metas: Sequence[UnitMeta],
     growth: NDArray[np.float64],
 ) -> None:
@@ -214,7 +258,7 @@ def _check_bad(
             )
 
 
-def _examples(inputs: Inputs, places: Sequence[_Place], most: int = 3) -> str:
+def _examples(inputs: Inputs, places: Sequence[Place], most: int = 3) -> str:
     lines: list[str] = []
     for place in places:
         before = documents.lines_before(place.unit)
@@ -226,9 +270,7 @@ def _examples(inputs: Inputs, places: Sequence[_Place], most: int = 3) -> str:
     return "\n".join(lines)
 
 
-def _corpus(
-    files: Sequence[InputFile], places: Sequence[_Place], metas: Sequence[UnitMeta], num_sources: int
-) -> Corpus:
+def _corpus(files: Sequence[InputFile], places: Sequence[Place], metas: Sequence[UnitMeta], num_sources: int) -> Corpus:
     lines_of_file = np.zeros(len(files), np.int64)
     records_before = []
     for place, meta in zip(places, metas, strict=True):

@@ -21,10 +21,13 @@ import numpy as np
 
 from llmt_prep import corpus as corpora
 from llmt_prep import executor, finish, shards, staging
+from llmt_prep.cache import being_read, cache_of, in_use, is_cache
 from llmt_prep.config import MixConfig, resolved
 from llmt_prep.corpus import Corpus
-from llmt_prep.ingest import tokenize_inputs
-from llmt_prep.inputs import Inputs, check_unchanged, find_inputs
+from llmt_prep.explain import CacheUse, cache_use
+from llmt_prep.hashes import check_unchanged
+from llmt_prep.ingest import place_units, tokenize_inputs
+from llmt_prep.inputs import Inputs, find_inputs
 from llmt_prep.ledger import Ledger, SplitLedger, mistakes, source_ledgers
 from llmt_prep.plan import Plan, describe
 from llmt_prep.progress import say, stage
@@ -82,7 +85,7 @@ def build_dataset(config: MixConfig, *, workers: int | None = None, force: bool 
     workers = workers or config.workers or executor.usable_cpus()
     if config.output.is_symlink():  # a rename would replace the link, not the folder on the disk that it points at
         config = config.model_copy(update={"output": config.output.resolve()})
-    with staging.locked(config.output):
+    with staging.locked(config.output), in_use(cache_of(config)):
         staging.recover(config.output)
         _check_output(config.output)
         return _build(config, workers, force, rehash)
@@ -91,19 +94,31 @@ def build_dataset(config: MixConfig, *, workers: int | None = None, force: bool 
 def dry_run(config: MixConfig, *, workers: int | None = None, rehash: bool = False) -> Plan:
     """Plan without writing: tokens are counted in a temporary directory where the cache does not hold them."""
     workers = workers or config.workers or executor.usable_cpus()
-    tokenizer = _tokenizer(config)
-    inputs = find_inputs(config, _cache(config), workers, rehash=rehash, remember=False)
-    with tempfile.TemporaryDirectory(prefix="llmt-dry-run-") as temporary:
-        corpus = tokenize_inputs(config, inputs, tokenizer, Path(temporary), workers, known=_cache(config))
+    tokenizer, cache = _tokenizer(config), cache_of(config)
+    inputs = find_inputs(config, cache, workers, rehash=rehash, remember=False)
+    with being_read(cache), tempfile.TemporaryDirectory(prefix="llmt-dry-run-") as temporary:
+        corpus = tokenize_inputs(config, inputs, tokenizer, Path(temporary), workers, known=cache)
         _check_lengths(config, corpus)
         return describe(config, corpus, select(config, corpus), token_dtype(tokenizer.max_id))
+
+
+def explain_cache(config: MixConfig, *, workers: int | None = None, rehash: bool = False) -> CacheUse:
+    """Say what `build_dataset` would take from the cache, and why it would not take the rest.
+
+    Nothing is written but, where there is a cache, the hashes of input files.
+    """
+    workers = workers or config.workers or executor.usable_cpus()
+    tokenizer, cache = _tokenizer(config), cache_of(config)
+    inputs = find_inputs(config, cache, workers, rehash=rehash, remember=is_cache(cache))
+    with being_read(cache):
+        return cache_use(config, place_units(config, inputs, tokenizer, cache), cache, workers)
 
 
 def _build(config: MixConfig, workers: int, force: bool, rehash: bool) -> Built:
     clock, started = _Clock(), time.strftime("%Y-%m-%dT%H:%M:%S%z")
     tokenizer = _tokenizer(config)
     with clock("hash"):
-        inputs = find_inputs(config, _cache(config), workers, rehash=rehash, remember=True)
+        inputs = find_inputs(config, cache_of(config), workers, rehash=rehash, remember=True)
     mix = resolved(config, inputs.commits, tokenizer.commit)
     recipe = recipe_of(mix, inputs.files, tokenizer.digest)
     if not force and (done := _finished(config.output, recipe)) is not None:
@@ -112,7 +127,7 @@ def _build(config: MixConfig, workers: int, force: bool, rehash: bool) -> Built:
     if is_resumed:
         say(f"going on with {directory}")
     with clock("tokenize"):
-        corpus = tokenize_inputs(config, inputs, tokenizer, _cache(config), workers)
+        corpus = tokenize_inputs(config, inputs, tokenizer, cache_of(config), workers)
     check_unchanged(inputs.files)
     _check_lengths(config, corpus)
     with clock("plan"):
@@ -137,10 +152,6 @@ def _build(config: MixConfig, workers: int, force: bool, rehash: bool) -> Built:
 def _tokenizer(config: MixConfig) -> LoadedTokenizer:
     said = config.tokenizer
     return load_tokenizer(said.path, said.revision, said.eos_token, said.bos_token)
-
-
-def _cache(config: MixConfig) -> Path:
-    return config.cache or config.output.parent / ".llmt-cache"
 
 
 def _check_output(output: Path) -> None:

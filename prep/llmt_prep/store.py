@@ -231,7 +231,18 @@ def is_abandoned(leftover: Path) -> bool:
     """Whether a unit that was being written or removed is of a process that runs no more, as far as one can know."""
     host, _, pid = leftover.name.removesuffix(".tmp").partition(".")[2].partition(".")[2].rpartition(".")
     is_ours = host == socket.gethostname() and pid.isdecimal()
-    return is_ours and (int(pid) == os.getpid() or not _is_running(int(pid)))
+    return is_ours and (int(pid) == os.getpid() or not is_running(int(pid)))
+
+
+def is_running(pid: int) -> bool:
+    """Whether this machine has a process of that number."""
+    try:
+        os.kill(pid, 0)  # signal 0 only asks
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _publish(temporary: Path, path: Path) -> None:
@@ -253,16 +264,6 @@ def _remove_leftovers(path: Path) -> None:
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         if is_abandoned(leftover):
             shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)  # signal 0 only asks
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _checksum(path: Path) -> str:
