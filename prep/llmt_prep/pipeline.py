@@ -114,6 +114,13 @@ def explain_cache(config: MixConfig, *, workers: int | None = None, rehash: bool
         return cache_use(config, place_units(config, inputs, tokenizer, cache), cache, workers)
 
 
+def units_of(config: MixConfig, *, workers: int | None = None) -> set[str]:
+    """Return the keys of the units that a mix is made of, in the cache or not."""
+    workers = workers or config.workers or executor.usable_cpus()
+    inputs = find_inputs(config, cache_of(config), workers, rehash=False, remember=False)
+    return {place.directory.name for place in place_units(config, inputs, _tokenizer(config), cache_of(config))}
+
+
 def _build(config: MixConfig, workers: int, force: bool, rehash: bool) -> Built:
     clock, started = _Clock(), time.strftime("%Y-%m-%dT%H:%M:%S%z")
     tokenizer = _tokenizer(config)
