@@ -4,6 +4,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -111,7 +112,7 @@ def prune(
         ConfigError: the folder is no cache, or a run uses it.
     """
     check_is_cache(cache)
-    with being_pruned(cache):
+    with nullcontext() if dry_run else being_pruned(cache):
         units = list(_stored_units(cache))
         doomed = choose(units, time.time(), older_than, max_bytes, wanted)
         kept = sorted(set(units) - set(doomed))

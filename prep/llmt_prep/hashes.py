@@ -19,12 +19,14 @@ import xxhash
 from llmt_prep import documents, executor
 from llmt_prep.documents import Unit
 from llmt_prep.progress import stage
-from llmt_prep.tokenization import TOKENIZATION_VERSION, hash_content
+from llmt_prep.tokenization import hash_content
 from llmt_shared import durable
 from llmt_shared.errors import DataError
 
 IN_PROCESS_BYTES = 1 << 30
 """Less than this is read in this process: starting others takes as long."""
+_VERSION = 1
+"""Of the index; raised when it says other things, or files are cut into units in another way."""
 _CUTS_OF_A_FILE = 4
 _OTHER_FILES = 20_000
 """Files of other mixes that the index keeps."""
@@ -106,8 +108,8 @@ def hash_inputs(jobs: Sequence[Job], index: Path, workers: int, *, rehash: bool,
                 new[missing[done]] = hashes
                 advance(missing[done].file.bytes)
     finally:
-        if remember and new:
-            settled = {job: hashes for job, hashes in new.items() if abs(now - job.file.mtime_ns) > _UNSETTLED_NS}
+        settled = {job: hashes for job, hashes in new.items() if abs(now - job.file.mtime_ns) > _UNSETTLED_NS}
+        if remember and settled:
             write_index(index, settled, used=[job.file for job in jobs])
     known |= new
     return [known[job] for job in jobs]
@@ -191,8 +193,7 @@ def _name(file: FileStat) -> str:
 
 
 def _head(body: bytes) -> bytes:
-    """First line of an index: another version may cut files in another way."""
-    return f"llmt {TOKENIZATION_VERSION} {xxhash.xxh3_128_hexdigest(body)}".encode()
+    return f"llmt hashes {_VERSION} {xxhash.xxh3_128_hexdigest(body)}".encode()
 
 
 def _hash_tiles(units: Sequence[Unit]) -> tuple[str, list[str]]:
