@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from llmt_prep import documents, executor, store
 from llmt_prep.cache import Origin, tokenizer_directory, unit_directory
 from llmt_prep.config import MixConfig, tolerated
-from llmt_prep.corpus import Corpus, UnitEntry
+from llmt_prep.corpus import Corpus, UnitEntry, close_units
 from llmt_prep.documents import Reading, Unit
 from llmt_prep.hashes import IN_PROCESS_BYTES, check_unchanged
 from llmt_prep.inputs import InputFile, Inputs, reading_of
@@ -169,6 +169,7 @@ def _reusable(places: Sequence[Place], cache: Path, damaged: set[Path]) -> list[
         is_written = path == unit_directory(cache, path.name)
         if is_written and not store.is_sound(path):  # another run may have made it again meanwhile
             store.remove_unit(path)
+            close_units()
     return [_used_or_moved(place, cache, damaged) for place in places]
 
 

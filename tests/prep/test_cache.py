@@ -40,7 +40,9 @@ def test_a_cache_without_a_tag_is_marked_when_it_is_used(tmp_path):
         assert is_cache(tmp_path)
 
 
-@pytest.mark.parametrize("tag", [None, "", "Signature: 8a477f597d28d172789f06886806bc55\n# of another program\n", b"\xff"])
+@pytest.mark.parametrize(
+    "tag", [None, "", "Signature: 8a477f597d28d172789f06886806bc55\n# of another program\n", b"\xff"]
+)
 def test_another_folder_is_no_cache(tmp_path, tag):
     if tag is not None:
         (tmp_path / "CACHEDIR.TAG").write_bytes(tag if isinstance(tag, bytes) else tag.encode())
@@ -116,7 +118,9 @@ def test_only_folders_with_the_name_of_a_key_are_units(cache):
     assert [folder.name for folder in unit_folders(cache)] == ["ab" * 32]
 
 
-@pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"facts": {}, "file": "", "file_sha256": "", "unit_size": 1}'])
+@pytest.mark.parametrize(
+    "content", [None, "", "[]", "{}", '{"facts": {}, "file": "", "file_sha256": "", "unit_size": 1}']
+)
 def test_a_unit_that_does_not_say_what_it_is_made_of_has_no_origin(tmp_path, content):
     if content is not None:
         (tmp_path / "origin.json").write_text(content)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmt_prep.cache import in_use, unit_folders
+from llmt_prep.cache import cache_of, in_use, unit_folders
 from llmt_prep.cache_contents import (
     StoredUnit,
     cache_contents,
@@ -24,8 +24,11 @@ from llmt_prep.cache_contents import (
     render_pruned,
 )
 from llmt_prep.config import MixConfig
+from llmt_prep.ingest import tokenize_inputs
+from llmt_prep.inputs import find_inputs
 from llmt_prep.pipeline import build_dataset, units_of
 from llmt_prep.store import is_sound
+from llmt_prep.tokenizer import load_tokenizer
 from llmt_shared.errors import ConfigError
 
 DAY = 86_400
@@ -37,9 +40,16 @@ def config(mix: dict[str, Any], **change: Any) -> MixConfig:
 
 @pytest.fixture
 def cache(mix: dict[str, Any]) -> Path:
-    """The cache of a dataset: two units of `help`, one of `more`, ten of `plain`."""
-    build_dataset(config(mix), workers=1)
-    return Path(mix["output"]).parent / ".llmt-cache"
+    """The cache of a mix: two units of `help`, one of `more`, ten of `plain`."""
+    fill(config(mix))
+    return cache_of(config(mix))
+
+
+def fill(mix: MixConfig) -> None:
+    cache = cache_of(mix)
+    with in_use(cache):
+        inputs = find_inputs(mix, cache, 1, rehash=False, remember=True)
+        tokenize_inputs(mix, inputs, load_tokenizer(mix.tokenizer.path), cache, 1)
 
 
 def total(cache: Path) -> int:
@@ -109,7 +119,7 @@ def test_a_unit_that_is_reused_counts_as_used(cache, mix):
     for folder in unit_folders(cache):
         os.utime(folder, (0, 0))
     mix["sources"].pop("plain")
-    build_dataset(config(mix, output=mix["output"] + "2"), workers=1)
+    fill(config(mix))
     assert prune(cache, older_than=DAY).kept_units == 3
 
 
@@ -139,8 +149,8 @@ def test_tokenizers_go_with_their_last_unit(cache):
 
 def test_packing_after_pruning_gives_the_same_dataset(cache, mix):
     prune(cache, max_bytes=total(cache) // 2)
-    built = build_dataset(config(mix, output=mix["output"] + "2"), workers=1)
-    assert built.digest == build_dataset(config(mix), workers=1).digest
+    built = build_dataset(config(mix), workers=1)
+    assert built.digest == build_dataset(config(mix, cache=f"{cache}2", output=mix["output"] + "2"), workers=1).digest
 
 
 def test_what_dead_processes_left_goes_anywhere_in_the_cache(cache):
@@ -177,7 +187,9 @@ def test_a_folder_that_is_no_cache_is_refused(tmp_path, command):
         command(tmp_path)
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("90m", 5400), ("12h", 43_200), ("30d", 30 * DAY), (" 1.5 w", 10.5 * DAY)])
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90m", 5400), ("12h", 43_200), ("30d", 30 * DAY), (" 1.5 w", 10.5 * DAY)]
+)
 def test_ages_are_read(text, seconds):
     assert parse_age(text) == seconds
 

@@ -1,4 +1,4 @@
-"""What `pack --explain-cache` says: the field that differs, of the units that differ, and nothing is changed by asking."""
+"""What `pack --explain-cache` says: the fields in which a unit differs; and asking changes nothing."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,14 @@ from typing import Any
 import pytest
 
 from llmt_prep import tokenization
-from llmt_prep.cache import unit_folders
+from llmt_prep.cache import cache_of, in_use, unit_folders
 from llmt_prep.cache_contents import prune
 from llmt_prep.config import MixConfig
 from llmt_prep.explain import CacheUse, render
+from llmt_prep.ingest import tokenize_inputs
+from llmt_prep.inputs import find_inputs
 from llmt_prep.pipeline import build_dataset, explain_cache
+from llmt_prep.tokenizer import load_tokenizer
 
 
 @pytest.fixture
@@ -29,7 +32,11 @@ def write(path: Path, numbers: Any) -> None:
 
 
 def build(mix: dict[str, Any]) -> None:
-    build_dataset(MixConfig.model_validate(mix), workers=1)
+    """The part of packing that fills the cache."""
+    config = MixConfig.model_validate(mix)
+    with in_use(cache_of(config)):
+        inputs = find_inputs(config, cache_of(config), 1, rehash=False, remember=True)
+        tokenize_inputs(config, inputs, load_tokenizer(mix["tokenizer"]), cache_of(config), 1)
 
 
 def explain(mix: dict[str, Any]) -> CacheUse:
@@ -167,7 +174,7 @@ def test_the_explanation_is_what_packing_does(mix, lines):
     mix |= {"bos": "never", "output": mix["output"] + "2"}
     cache = Path(mix["output"]).parent / ".llmt-cache"
     before, use = set(unit_folders(cache)), explain(mix).sources
-    build(mix)
+    build_dataset(MixConfig.model_validate(mix), workers=1)
     assert len(set(unit_folders(cache)) - before) == sum(each.to_tokenize.units for each in use.values())
 
 
