@@ -167,6 +167,17 @@ def test_the_cache_is_explained_listed_and_pruned(mix: dict[str, Any], tmp_path:
     assert told("pack", "--explain-cache")["sources"]["help"]["reused"]["units"] == 2
 
 
+def test_two_packs_that_share_a_cache_at_once_make_the_same_dataset(mix: dict[str, Any], tmp_path: Path) -> None:
+    path, outputs = written(mix, tmp_path / "mix.yaml"), [tmp_path / "out" / name for name in ("one", "two")]
+    processes = [
+        subprocess.Popen([*COMMAND, "pack", "--mix", str(path), f"output={output}", "--workers", "1"])
+        for output in outputs
+    ]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert open_dataset(outputs[0]).digest == open_dataset(outputs[1]).digest
+    assert json.loads(run("cache", "list", tmp_path / "out" / ".llmt-cache", "--json").stdout)["leftovers"] == 0
+
+
 def test_a_cache_must_be_said_and_be_one(tmp_path: Path, mix: dict[str, Any]) -> None:
     assert "wanted either its folder or --mix" in error_of(run("cache", "list"), 2)
     assert "no cache of llmt-prep" in error_of(run("cache", "prune", tmp_path), 2)
