@@ -11,6 +11,7 @@ from llmt_prep.report import count, escaped, size, table
 from llmt_shared.config import StrictModel
 
 _REASONS_SHOWN = 8
+_REUSED: tuple[str, ...] = ()
 _NEVER_SEEN = ("never seen",)
 _DAMAGED = ("damaged in the cache",)
 _NOT_THERE = ("not tokenized yet, or pruned",)
@@ -51,15 +52,16 @@ def cache_use(config: MixConfig, places: Sequence[Place], cache: Path, workers: 
     damaged = damaged_units(places, workers)
     missing = {place.directory: place for place in reversed(places) if not place.directory.exists()}
     stored = _Stored(cache, list(missing.values()))
-    whys: list[list[tuple[Place, tuple[str, ...] | None]]] = [[] for _ in config.sources]
-    for place in places:
+
+    def why(place: Place) -> tuple[str, ...]:
         if place.directory in damaged:
-            why: tuple[str, ...] | None = _DAMAGED
-        else:
-            why = stored.why_not(place.origin) if missing.get(place.directory) is place else None
-        whys[place.source].append((place, why))
-    sources = zip(config.sources, whys, strict=True)
-    return CacheUse(cache=str(cache), sources={name: _source_use(mine) for name, mine in sources})
+            return _DAMAGED
+        is_first = missing.get(place.directory) is place  # what comes again later is tokenized by then
+        return stored.why_not(place.origin) if is_first else _REUSED
+
+    whys = [why(place) for place in places]
+    sources = {name: _source_use(places, whys, source) for source, name in enumerate(config.sources)}
+    return CacheUse(cache=str(cache), sources=sources)
 
 
 def differences(old: Origin, new: Origin) -> tuple[str, ...]:
@@ -79,19 +81,21 @@ def render(use: CacheUse) -> str:
         lines += ["", f"{name}:"] if each.reasons else []
         for reason in each.reasons[:_REASONS_SHOWN]:
             lines.append(f"  {count(reason.units)} units, {size(reason.bytes)}: {escaped('; '.join(reason.why))}")
-        if more := len(each.reasons) - _REASONS_SHOWN:
-            lines += [f"  and {more} more reasons; --json lists all"] if more > 0 else []
+        if len(each.reasons) > _REASONS_SHOWN:
+            lines.append(f"  and {len(each.reasons) - _REASONS_SHOWN} more reasons; --json lists all")
     return "\n".join([*lines, "", f"cache: {escaped(use.cache)}"])
 
 
-def _source_use(units: Sequence[tuple[Place, tuple[str, ...] | None]]) -> SourceUse:
-    counts: Counter[tuple[str, ...] | None] = Counter(why for _, why in units)
-    sizes: Counter[tuple[str, ...] | None] = Counter()
-    for place, why in units:
-        sizes[why] += place.bytes
-    reasons = [Reason(units=counts[why], bytes=sizes[why], why=why) for why in counts if why is not None]
+def _source_use(places: Sequence[Place], whys: Sequence[tuple[str, ...]], source: int) -> SourceUse:
+    units: Counter[tuple[str, ...]] = Counter()
+    sizes: Counter[tuple[str, ...]] = Counter()
+    for place, why in zip(places, whys, strict=True):
+        if place.source == source:
+            units[why] += 1
+            sizes[why] += place.bytes
+    reasons = [Reason(units=units[why], bytes=sizes[why], why=why) for why in units if why != _REUSED]
     return SourceUse(
-        reused=Amount(units=counts[None], bytes=sizes[None]),
+        reused=Amount(units=units[_REUSED], bytes=sizes[_REUSED]),
         to_tokenize=Amount(units=sum(each.units for each in reasons), bytes=sum(each.bytes for each in reasons)),
         reasons=tuple(sorted(reasons, key=lambda each: (-each.bytes, each.why))),
     )

@@ -33,6 +33,8 @@ _MANY_BAD = 100
 """Bad records before a share of them may stop a run in the middle."""
 _AHEAD_BYTES = 128 << 10
 """Of one call Linux serves no more than the device's read-ahead window, and drops the rest without a word."""
+_MOST_AHEAD = 64 << 20
+"""Of a file that cannot be cut, only the start: the rest would be gone from memory again before its turn."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def tokenize_inputs(
 
 
 def place_units(config: MixConfig, inputs: Inputs, tokenizer: LoadedTokenizer, cache: Path) -> list[Place]:
-    """Return where a cache holds each unit of the input, or would hold it."""
+    """Return where a cache holds each unit of the input, or would hold it; equal units share a folder."""
     settings = _settings(config)
     readings = [reading_of(config, source) for source in config.sources.values()]
     places = []
@@ -231,7 +233,7 @@ def _read_ahead(ahead: tuple[str, int, int] | None) -> None:
         return
     path, start, stop = ahead
     with suppress(OSError), open(path, "rb") as file:
-        for offset in range(start, stop, _AHEAD_BYTES):
+        for offset in range(start, min(stop, start + _MOST_AHEAD), _AHEAD_BYTES):
             os.posix_fadvise(file.fileno(), offset, min(_AHEAD_BYTES, stop - offset), os.POSIX_FADV_WILLNEED)
 
 
