@@ -21,8 +21,17 @@ app = typer.Typer(
     epilog="`--traceback` on any command shows where an error comes from.",
 )
 
+cache_app = typer.Typer(
+    help="List and prune the cache of tokenized input.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(cache_app, name="cache")
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Dataset = Annotated[Path, typer.Argument(help="A finished dataset: the `output` of `pack`.", show_default=False)]
+CacheFolder = Annotated[
+    Path | None, typer.Argument(help="The `cache` of a mix; by default .llmt-cache beside its output.")
+]
+CacheOfMix = Annotated[Path | None, typer.Option("--mix", help="A mix file, whose cache it is.")]
 
 
 def main() -> None:
@@ -37,6 +46,10 @@ def pack(
         list[str] | None, typer.Argument(help="Settings that win over the file: key.sub=value.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    explain_cache: Annotated[
+        bool,
+        typer.Option("--explain-cache", help="Print what the cache holds of it, and why not the rest; pack nothing."),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a finished dataset.")] = False,
     rehash: Annotated[bool, typer.Option("--rehash", help="Hash all input again, even where nothing changed.")] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one for each usable CPU.")] = None,
@@ -48,17 +61,26 @@ def pack(
 
         llmt-prep pack --mix configs/mix/pretrain.yaml --dry-run
 
+        llmt-prep pack --mix mix.yaml --explain-cache
+
         llmt-prep pack --mix mix.yaml budget=2B sequence.length=8192 --workers 16
     """
+    from llmt_prep import explain as explanations
     from llmt_prep import plan as plans
     from llmt_prep.config import MixConfig
     from llmt_prep.pipeline import build_dataset, summary
     from llmt_prep.pipeline import dry_run as plan_dataset
+    from llmt_prep.pipeline import explain_cache as explained
+    from llmt_prep.report import as_json as to_json
     from llmt_prep.stopping import RESUME, START_AGAIN, stoppable
     from llmt_shared.config import load_config
 
     config = load_config(mix, MixConfig, overrides or [])
-    with stoppable(START_AGAIN if dry_run else RESUME):
+    with stoppable(START_AGAIN if dry_run or explain_cache else RESUME):
+        if explain_cache:
+            use = explained(config, workers=workers, rehash=rehash)
+            typer.echo(to_json(use) if as_json else explanations.render(use))
+            return
         if dry_run:
             plan = plan_dataset(config, workers=workers, rehash=rehash)
             typer.echo(plan.model_dump_json(indent=1) if as_json else plans.render(plan))
@@ -131,3 +153,76 @@ def schema(as_json: Json = False) -> None:
     from llmt_prep.config import MixConfig
 
     typer.echo(json.dumps(MixConfig.model_json_schema(), indent=1))
+
+
+@cache_app.command("list")
+def list_cache(folder: CacheFolder = None, mix: CacheOfMix = None, as_json: Json = False) -> None:
+    """Show what a cache holds, by tokenizer, by time of last use and by input file.
+
+    Examples:
+
+        llmt-prep cache list data/.llmt-cache
+
+        llmt-prep cache list --mix mix.yaml --json
+    """
+    from llmt_prep.cache_contents import cache_contents, render_contents
+    from llmt_prep.report import as_json as to_json
+
+    contents = cache_contents(_cache_folder(folder, mix))
+    typer.echo(to_json(contents) if as_json else render_contents(contents))
+
+
+@cache_app.command("prune")
+def prune_cache(
+    folder: CacheFolder = None,
+    mix: CacheOfMix = None,
+    older_than: Annotated[
+        str | None, typer.Option(help="Remove what was not used for so long: 90m, 12h, 30d, 2w.", show_default=False)
+    ] = None,
+    max_size: Annotated[
+        str | None, typer.Option(help="Then the least recently used until the rest is no larger: 200GB.")
+    ] = None,
+    unused_by: Annotated[
+        list[Path] | None, typer.Option(help="Remove what no such mix uses; give it once for each mix file.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Remove nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove tokenized input that can be made again. What killed runs left, and tokenizers without units, always goes.
+
+    A cache that a run uses is left alone.
+
+    Examples:
+
+        llmt-prep cache prune data/.llmt-cache --older-than 30d --max-size 200GB
+
+        llmt-prep cache prune --mix a.yaml --unused-by a.yaml --unused-by b.yaml --dry-run
+    """
+    from llmt_prep.cache_contents import parse_age, parse_size, prune, render_pruned
+    from llmt_prep.config import MixConfig
+    from llmt_prep.pipeline import units_of
+    from llmt_prep.report import as_json as to_json
+    from llmt_shared.config import load_config
+
+    configs = [load_config(each, MixConfig) for each in unused_by or []]
+    pruned = prune(
+        _cache_folder(folder, mix),
+        older_than=parse_age(older_than) if older_than is not None else None,
+        max_bytes=parse_size(max_size) if max_size is not None else None,
+        wanted=set().union(*map(units_of, configs)) if configs else None,
+        dry_run=dry_run,
+    )
+    typer.echo(to_json(pruned) if as_json else render_pruned(pruned))
+
+
+def _cache_folder(folder: Path | None, mix: Path | None) -> Path:
+    from llmt_prep.cache import cache_of
+    from llmt_prep.config import MixConfig
+    from llmt_shared.config import load_config
+    from llmt_shared.errors import ConfigError
+
+    if folder is not None and mix is None:
+        return folder
+    if mix is not None and folder is None:
+        return cache_of(load_config(mix, MixConfig))
+    raise ConfigError("which cache? wanted either its folder or --mix FILE")

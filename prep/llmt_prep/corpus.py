@@ -108,6 +108,11 @@ def _open(directory: str) -> StoreUnit:
     return open_unit(Path(directory))
 
 
+def close_units() -> None:
+    """Forget opened units: one that was damaged is made again under the same name."""
+    _open.cache_clear()
+
+
 def save(corpus: Corpus, path: Path) -> None:
     """Write what shard tasks in other processes need to find tokens and provenance."""
     durable.write(path, json.dumps([asdict(unit) for unit in corpus.units]))

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 
 from llmt_prep import arrays
 from llmt_prep.corpus import Corpus
-from llmt_prep.inputs import InputFile, hash_file
+from llmt_prep.hashes import hash_file
+from llmt_prep.inputs import InputFile
 from llmt_prep.ledger import Ledger
 from llmt_prep.store import read_quarantine
 from llmt_prep.tokenizer import LoadedTokenizer

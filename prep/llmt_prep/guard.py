@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmt_prep.engines import Encode, Encoded
-from llmt_prep.store import UnitMeta
 from llmt_shared import durable
 from llmt_shared.errors import DataError
 from llmt_shared.order import mix
@@ -102,11 +101,6 @@ def inexact_engines(tokenizer_folder: Path) -> frozenset[str]:
         return frozenset(json.loads((tokenizer_folder / _INEXACT).read_text()))
     except FileNotFoundError:
         return frozenset()
-
-
-def is_trusted(meta: UnitMeta, inexact: frozenset[str]) -> bool:
-    """Whether a stored unit may be used, after what was found out about the engine that made it."""
-    return meta.engine not in inexact
 
 
 def _shown(ids: Ids, token: int) -> str:

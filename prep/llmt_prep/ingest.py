@@ -4,61 +4,57 @@ A unit's name in the cache is the hash of what its tokens depend on: the file's 
 tokenizer and how documents begin and end. So another row length, mixture or seed tokenizes nothing again.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmt_prep import documents, executor
+from llmt_prep import documents, executor, store
+from llmt_prep.cache import Origin, tokenizer_directory, unit_directory
 from llmt_prep.choice import Choice, choose_engine
 from llmt_prep.config import MixConfig, tolerated
-from llmt_prep.corpus import Corpus, UnitEntry
-from llmt_prep.documents import Reading, Unit
-from llmt_prep.engines import Engine, fast_engine
-from llmt_prep.guard import EngineDiffers, distrust
-from llmt_prep.inputs import InputFile, Inputs, check_unchanged, read_index, reading_of, write_index
+from llmt_prep.corpus import Corpus, UnitEntry, close_units
+from llmt_prep.documents import Unit
+from llmt_prep.guard import inexact_engines
+from llmt_prep.hashes import IN_PROCESS_BYTES
+from llmt_prep.inputs import InputFile, Inputs, reading_of
 from llmt_prep.progress import say, stage
 from llmt_prep.report import escaped
 from llmt_prep.store import UnitMeta, open_unit, read_quarantine
-from llmt_prep.tokenization import TextSettings, hash_content, tokenize_unit, unit_key
-from llmt_prep.tokenizer import LoadedTokenizer, load_tokenizer
+from llmt_prep.tokenization import TextSettings, unit_facts, unit_key
+from llmt_prep.tokenizer import LoadedTokenizer
+from llmt_prep.unit_task import TokenizerArguments, TokenizeTask, loaded, run_task
 from llmt_shared import durable
 from llmt_shared.errors import DataError
 
 _MANY_BAD = 100
 """Bad records before a share of them may stop a run in the middle."""
+_DAMAGED = "is damaged"
 
 
 @dataclass(frozen=True)
-class TokenizeTask:
-    """One unit to tokenize; picklable and small."""
-
-    unit: Unit
-    reading: Reading
-    settings: TextSettings
-    tokenizer: tuple[str, str | None, str | None]
-    """Folder, EOS token and BOS token."""
-    directory: str
-    file: InputFile
-    """Where the unit lies, as it was when it was hashed."""
-    is_fast: bool
-    """Tokenized by the fast engine, guarded by the reference."""
-    begins_source: bool
-    """Whether the guard looks at its first documents, too."""
-
-
-@dataclass(frozen=True)
-class _Place:
+class Place:
     """Where a unit belongs and where its tokens are or will be."""
 
     file: int
+    """Index of the input file."""
     source: int
     unit: Unit
+    span: tuple[int, int]
+    """Bytes of the file that the unit reads, about."""
+    origin: Origin
     directory: Path
     begins_source: bool
+    """Whether it is the first unit of its source."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of input, about."""
+        return self.span[1] - self.span[0]
 
 
 def tokenize_inputs(
@@ -82,41 +78,43 @@ def tokenize_inputs(
     Raises:
         DataError: more bad records than `max_bad`, damaged input.
     """
-    folder = _shelve_tokenizer(cache, tokenizer)
-    settings, said = _settings(config), config.tokenizer
-    places = _places(config, inputs, tokenizer, settings, (cache, known or cache), workers)
+    folder, said = _shelve_tokenizer(cache, tokenizer), config.tokenizer
+    places = place_units(config, inputs, tokenizer, known or cache)
+    useless = damaged_units(places, workers) | _distrusted_units(places, inexact_engines(folder))
+    places = _reusable(places, cache, useless)
     _tokenize_missing(config, inputs, places, (str(folder), said.eos_token, said.bos_token), workers)
     metas = [open_unit(place.directory).meta for place in places]
     _check_bad(config, inputs, places, metas, np.ones(len(config.sources)))
     return _corpus(inputs.files, places, metas, len(config.sources))
 
 
-def run_task(task: TokenizeTask) -> UnitMeta:
-    """Tokenize one unit; in any process.
-
-    A unit's name says what its file held when it was hashed: of a file that has changed since, none may appear.
-    """
-    tokenizer = _loaded(*task.tokenizer)
-    keep_control = task.settings.special_tokens_in_text == "keep"
-    fast = _fast(task.tokenizer, keep_control) if task.is_fast else None
-    check = partial(check_unchanged, (task.file,))
-    try:
-        return tokenize_unit(
-            task.unit, task.reading, tokenizer, task.settings, Path(task.directory), check, fast, task.begins_source
-        )
-    except EngineDiffers as difference:
-        distrust(Path(task.tokenizer[0]), difference.engine)
-        raise
+def place_units(config: MixConfig, inputs: Inputs, tokenizer: LoadedTokenizer, cache: Path) -> list[Place]:
+    """Return where a cache holds each unit of the input, or would hold it; equal units share a folder."""
+    settings = _settings(config)
+    readings = [reading_of(config, source) for source in config.sources.values()]
+    places: list[Place] = []
+    for each in inputs.units:
+        file = inputs.files[each.file]
+        facts = unit_facts(each.unit, each.content, readings[file.source], tokenizer, settings)
+        origin = Origin(facts, _full_name(file), file.sha256, config.unit_size, config.tokenizer.path)
+        directory = unit_directory(cache, unit_key(facts))
+        begins_source = not places or places[-1].source != file.source
+        places.append(Place(each.file, file.source, each.unit, each.span, origin, directory, begins_source))
+    return places
 
 
-@lru_cache(maxsize=1)
-def _fast(tokenizer: tuple[str, str | None, str | None], keep_control: bool) -> Engine:
-    return fast_engine(_loaded(*tokenizer), keep_control=keep_control)
-
-
-@lru_cache(maxsize=1)
-def _loaded(folder: str, eos_token: str | None, bos_token: str | None) -> LoadedTokenizer:
-    return load_tokenizer(folder, None, eos_token, bos_token)
+def damaged_units(places: Iterable[Place], workers: int) -> dict[Path, str]:
+    """Return the folders of units that are there but not as they were written, and what to say; it reads all units."""
+    there = {place.directory: place.bytes for place in places if place.directory.exists()}
+    folders, total = list(there), sum(there.values())
+    damaged: dict[Path, str] = {}
+    with stage("check cache", total, "bytes") as advance:
+        tasks = [(folder,) for folder in folders]
+        for done, is_sound in executor.run(store.is_sound, tasks, workers if total > IN_PROCESS_BYTES else 1):
+            advance(there[folders[done]])
+            if not is_sound:
+                damaged[folders[done]] = _DAMAGED
+    return damaged
 
 
 def _settings(config: MixConfig) -> TextSettings:
@@ -125,75 +123,66 @@ def _settings(config: MixConfig) -> TextSettings:
 
 def _shelve_tokenizer(cache: Path, tokenizer: LoadedTokenizer) -> Path:
     """Put the tokenizer's files where every worker can load them."""
-    folder = cache / "tokenizers" / tokenizer.digest[:32]
+    folder = tokenizer_directory(cache, tokenizer.digest)
     for name, content in tokenizer.files.items():
-        if not (folder / name).exists():
+        if not (folder / name).exists() or (folder / name).read_bytes() != content:
             durable.write(folder / name, content)
     return folder
 
 
-def _places(
-    config: MixConfig,
-    inputs: Inputs,
-    tokenizer: LoadedTokenizer,
-    settings: TextSettings,
-    caches: tuple[Path, Path],
-    workers: int,
-) -> list[_Place]:
-    """Every unit with its folder: in the second cache where that holds it, else in the first."""
-    readings = [reading_of(config, source) for source in config.sources.values()]
-    units = [
-        (index, unit)
-        for index, file in enumerate(inputs.files)
-        for unit in documents.split_into_units(Path(file.path), readings[file.source].reader, config.unit_size)
-    ]
-    hashes = _unit_hashes([(unit, inputs.files[index]) for index, unit in units], caches, workers)
-    places = []
-    seen: set[int] = set()
-    for (index, unit), content in zip(units, hashes, strict=True):
-        source = inputs.files[index].source
-        key = unit_key(unit, content, readings[source], tokenizer, settings)
-        folders = [cache / "units" / key[:2] / key for cache in caches]
-        folder = folders[1] if folders[1].exists() else folders[0]
-        places.append(_Place(index, source, unit, folder, begins_source=source not in seen))
-        seen.add(source)
-    return places
+def _full_name(file: InputFile) -> str:
+    return os.path.abspath(file.path) if file.name == file.path else file.name
 
 
-def _unit_hashes(units: Sequence[tuple[Unit, InputFile]], caches: tuple[Path, Path], workers: int) -> list[str]:
-    """Hashes of what each unit reads: where a file grew, those of its old units stay as they were."""
-    known = read_index(caches[1] / "units.json")
-    names = [f"{file.sha256}|{unit.reader}|{unit.start}|{unit.stop}" for unit, file in units]
-    missing = [i for i, name in enumerate(names) if name not in known]
-    for done, content in executor.run(hash_unit, [units[i] for i in missing], workers):
-        known[names[missing[done]]] = content
-    if missing:
-        write_index(caches[0] / "units.json", known)
-    return [known[name] for name in names]
+def _distrusted_units(places: Iterable[Place], inexact: frozenset[str]) -> dict[Path, str]:
+    """Folders of units that were made by an engine that has since been found wrong, and why they are not used."""
+    if not inexact:
+        return {}
+    there = {place.directory for place in places if place.directory.exists()}
+    engines = {folder: open_unit(folder).meta.engine for folder in there}
+    return {folder: f"was made by {name}, which is not exact" for folder, name in engines.items() if name in inexact}
 
 
-def hash_unit(unit: Unit, file: InputFile) -> str:
-    """Hash what a unit reads; in any process."""
-    content = hash_content(unit)
-    check_unchanged((file,))
-    return content
+def _reusable(places: Sequence[Place], cache: Path, useless: Mapping[Path, str]) -> list[Place]:
+    """The places, with what is not there, or cannot be used, in the cache that is written."""
+    for path, reason in sorted(useless.items()):
+        say(f"{path}: this unit of the cache {reason}; it is tokenized again")
+        is_made_again = reason == _DAMAGED and store.is_sound(path)  # by another run, meanwhile
+        if path == unit_directory(cache, path.name) and not is_made_again:
+            store.remove_unit(path)
+            close_units()
+    return [_used_or_moved(place, cache, useless) for place in places]
+
+
+def _used_or_moved(place: Place, cache: Path, useless: Mapping[Path, str]) -> Place:
+    own = unit_directory(cache, place.directory.name)
+    if place.directory in useless or not place.directory.exists():
+        return replace(place, directory=own)
+    if place.directory == own:
+        with suppress(OSError):  # another user's unit is used all the same
+            os.utime(own)  # `cache prune` goes by when a unit was last used
+    return place
 
 
 def _tokenize_missing(
     config: MixConfig,
     inputs: Inputs,
-    places: Sequence[_Place],
-    tokenizer: tuple[str, str | None, str | None],
+    places: Sequence[Place],
+    tokenizer: TokenizerArguments,
     workers: int,
 ) -> None:
     missing = {place.directory: place for place in places if not place.directory.exists()}
     todo = list(missing.values())
+    ahead = [*todo[workers:], *[None] * workers]
     is_fast = bool(todo) and _chosen(config, tokenizer).is_fast
-    tasks = [(_task(config, inputs.files[place.file], place, tokenizer, is_fast),) for place in todo]
-    sizes = [_size(place.unit, inputs.files[place.file]) for place in todo]
+    tasks = [
+        (_task(config, inputs.files[place.file], place, after, tokenizer, is_fast),)
+        for place, after in zip(todo, ahead, strict=False)
+    ]
+    sizes = [place.bytes for place in todo]
     in_all = np.bincount([place.source for place in todo], sizes, len(config.sources))
     read = np.zeros(len(config.sources))
-    seen: list[tuple[_Place, UnitMeta]] = []
+    seen: list[tuple[Place, UnitMeta]] = []
     with stage("tokenize", sum(sizes), "bytes") as advance:
         for done, meta in executor.run(run_task, tasks, workers):
             advance(sizes[done])
@@ -204,32 +193,40 @@ def _tokenize_missing(
                 _check_bad(config, inputs, done_places, metas, in_all / np.maximum(read, 1))
 
 
-def _task(
-    config: MixConfig, file: InputFile, place: _Place, tokenizer: tuple[str, str | None, str | None], is_fast: bool
-) -> TokenizeTask:
-    reading = reading_of(config, list(config.sources.values())[place.source])
-    settings, directory = _settings(config), str(place.directory)
-    return TokenizeTask(
-        place.unit, reading, settings, tokenizer, directory, file, is_fast, begins_source=place.begins_source
-    )
-
-
-def _chosen(config: MixConfig, tokenizer: tuple[str, str | None, str | None]) -> Choice:
+def _chosen(config: MixConfig, tokenizer: TokenizerArguments) -> Choice:
     keep_control = config.special_tokens_in_text == "keep"
-    choice = choose_engine(config.engine, _loaded(*tokenizer), keep_control=keep_control, folder=Path(tokenizer[0]))
+    choice = choose_engine(config.engine, loaded(tokenizer), keep_control=keep_control, folder=Path(tokenizer[0]))
     if config.engine == "auto" and not choice.is_fast:
         say(f"engine: tokenizers, because {choice.reason}")
     return choice
 
 
-def _size(unit: Unit, file: InputFile) -> int:
-    return min(unit.stop - unit.start, file.bytes) if unit.reader != "parquet" else file.bytes
+def _task(
+    config: MixConfig,
+    file: InputFile,
+    place: Place,
+    after: Place | None,
+    tokenizer: TokenizerArguments,
+    is_fast: bool,
+) -> TokenizeTask:
+    return TokenizeTask(
+        unit=place.unit,
+        reading=reading_of(config, list(config.sources.values())[place.source]),
+        settings=_settings(config),
+        tokenizer=tokenizer,
+        is_fast=is_fast,
+        begins_source=place.begins_source,
+        directory=str(place.directory),
+        file=file,
+        origin=place.origin,
+        ahead=(after.unit.path, *after.span) if after else None,
+    )
 
 
 def _check_bad(
     config: MixConfig,
     inputs: Inputs,
-    places: Sequence[_Place],
+    places: Sequence[Place],
     metas: Sequence[UnitMeta],
     growth: NDArray[np.float64],
 ) -> None:
@@ -250,7 +247,7 @@ def _check_bad(
             )
 
 
-def _examples(inputs: Inputs, places: Sequence[_Place], most: int = 3) -> str:
+def _examples(inputs: Inputs, places: Sequence[Place], most: int = 3) -> str:
     lines: list[str] = []
     for place in places:
         before = documents.lines_before(place.unit)
@@ -262,9 +259,7 @@ def _examples(inputs: Inputs, places: Sequence[_Place], most: int = 3) -> str:
     return "\n".join(lines)
 
 
-def _corpus(
-    files: Sequence[InputFile], places: Sequence[_Place], metas: Sequence[UnitMeta], num_sources: int
-) -> Corpus:
+def _corpus(files: Sequence[InputFile], places: Sequence[Place], metas: Sequence[UnitMeta], num_sources: int) -> Corpus:
     lines_of_file = np.zeros(len(files), np.int64)
     records_before = []
     for place, meta in zip(places, metas, strict=True):

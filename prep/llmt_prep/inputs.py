@@ -1,40 +1,52 @@
 """Which files a mix reads, what they hold (by hash), and the units of work that they fall into."""
 
-import hashlib
-import json
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from stat import S_ISREG
+from typing import NamedTuple
 
-from llmt_prep import documents, executor
+from llmt_prep import documents
 from llmt_prep.config import MixConfig, SourceConfig
-from llmt_prep.documents import Reading
-from llmt_prep.progress import stage
+from llmt_prep.documents import Reading, Unit
+from llmt_prep.hashes import FileHashes, FileStat, Job, hash_inputs
 from llmt_prep.staging import staging_of
-from llmt_shared import durable
-from llmt_shared.errors import ConfigError, DataError
+from llmt_shared.errors import ConfigError
+
+HASHES = "hashes"
+"""Name of the index in the cache."""
 
 
 @dataclass(frozen=True)
-class InputFile:
+class InputFile(FileStat):
     """One file of one source."""
 
     source: int
-    path: str
     name: str
     """What the dataset calls it: the path, or ``hf://id/split/file``, for where a hub's cache lies says nothing."""
-    bytes: int
-    mtime_ns: int
-    inode: int
     sha256: str
+
+
+class InputUnit(NamedTuple):
+    """One unit of one file."""
+
+    file: int
+    """Index in `Inputs.files`."""
+    unit: Unit
+    content: str
+    """What `hash_content` says of it."""
+    span: tuple[int, int]
+    """Bytes of the file that it reads, about."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """All files of a mix in the order of its sources, and the commits of hub datasets by source name."""
+    """All files of a mix in the order of its sources, their units, and the commits of hub datasets by source name."""
 
     files: tuple[InputFile, ...]
+    units: tuple[InputUnit, ...]
+    """In the order of files and of places in them."""
     commits: dict[str, str]
 
 
@@ -49,18 +61,29 @@ def reading_of(config: MixConfig, source: SourceConfig) -> Reading:
 
 
 def find_inputs(config: MixConfig, cache: Path, workers: int, *, rehash: bool, remember: bool) -> Inputs:
-    """Find and hash all input files.
+    """Find all input files, cut them into units, and hash both.
 
     Args:
         config: the mix.
-        cache: where the hashes of unchanged files are remembered.
+        cache: the folder in which the hashes of unchanged files are remembered.
         workers: processes.
         rehash: hash even files whose size, time and inode are as remembered.
         remember: write down what was hashed.
 
     Raises:
         ConfigError: a pattern matches nothing, a file cannot be read, or it is one that packing itself writes.
+        DataError: a file is broken, or changes while it is read.
     """
+    files, commits = _find_files(config, cache)
+    readings = [reading_of(config, source) for source in config.sources.values()]
+    jobs = [_job(file, readings[file.source].reader, config.unit_size) for file in files]
+    hashes = hash_inputs(jobs, cache / HASHES, workers, rehash=rehash, remember=remember)
+    hashed = tuple(replace(file, sha256=each.sha256) for file, each in zip(files, hashes, strict=True))
+    return Inputs(hashed, tuple(_units(jobs, hashes)), commits)
+
+
+def _find_files(config: MixConfig, cache: Path) -> tuple[list[InputFile], dict[str, str]]:
+    """Files without hashes, and the commits of hub datasets by source name."""
     found: list[tuple[int, Path, str]] = []
     commits: dict[str, str] = {}
     for index, (name, source) in enumerate(config.sources.items()):
@@ -71,52 +94,26 @@ def find_inputs(config: MixConfig, cache: Path, workers: int, *, rehash: bool, r
             paths = documents.find_files(source.path, reading_of(config, source))
             found += [(index, path, str(path)) for path in paths]
     _refuse_own_files(config, cache, found)
-    known = read_index(cache / "files.json")
-    files = _with_hashes(found, {} if rehash else known, workers)
-    check_unchanged(tuple(files))  # or a wrong hash would be remembered
-    if remember:
-        known.update({_identity(file): file.sha256 for file in files})
-        write_index(cache / "files.json", known)
-    return Inputs(tuple(files), commits)
+    return [_stat(*each) for each in found], commits
 
 
-def check_unchanged(files: tuple[InputFile, ...]) -> None:
-    """Raise DataError when a file is not what it was when it was hashed."""
-    for file in files:
-        stat = Path(file.path).stat()
-        if (stat.st_size, stat.st_mtime_ns) != (file.bytes, file.mtime_ns):
-            raise DataError(f"{file.path}: changed while it was read; run the same command again when it is complete")
+def _job(file: InputFile, reader: str, unit_size: int) -> Job:
+    stat = FileStat(file.path, file.bytes, file.mtime_ns, file.inode)
+    return Job(stat, documents.reader_for(file.path, reader), unit_size)
 
 
-def hash_file(path: str) -> str:
-    """sha256 of a file's bytes."""
-    with documents.reading_from(path), open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _units(jobs: Sequence[Job], hashes: Sequence[FileHashes]) -> Iterator[InputUnit]:
+    for index, (job, each) in enumerate(zip(jobs, hashes, strict=True)):
+        for number, (start, stop, content) in enumerate(each.units):
+            unit = Unit(job.file.path, job.reader, start, stop)
+            yield InputUnit(index, unit, content, _span(unit, job.file.bytes, number, len(each.units)))
 
 
-def read_index(path: Path) -> dict[str, str]:
-    """Return the hashes that a cache remembers; a missing or torn index costs hashing again, nothing else."""
-    try:
-        known = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
-
-
-def write_index(path: Path, known: dict[str, str]) -> None:
-    """Remember hashes."""
-    durable.write(path, json.dumps(known, indent=0))
-
-
-def _with_hashes(found: list[tuple[int, Path, str]], known: dict[str, str], workers: int) -> list[InputFile]:
-    files = [_stat(*each) for each in found]
-    hashes = [known.get(_identity(file), "") for file in files]
-    missing = [i for i, sha256 in enumerate(hashes) if not sha256]
-    with stage("hash", sum(files[i].bytes for i in missing), "bytes") as advance:
-        for done, sha256 in executor.run(hash_file, [(files[i].path,) for i in missing], workers):
-            hashes[missing[done]] = sha256
-            advance(files[missing[done]].bytes)
-    return [replace(file, sha256=sha256) for file, sha256 in zip(files, hashes, strict=True)]
+def _span(unit: Unit, size: int, number: int, num_units: int) -> tuple[int, int]:
+    """Bytes of a file that its unit ``number`` reads; those of a Parquet file are shared among its units."""
+    if unit.reader != "parquet":
+        return unit.start, unit.stop
+    return size * number // num_units, size * (number + 1) // num_units
 
 
 def _refuse_own_files(config: MixConfig, cache: Path, found: list[tuple[int, Path, str]]) -> None:
@@ -141,8 +138,4 @@ def _stat(source: int, path: Path, name: str) -> InputFile:
         raise ConfigError(f"{name!r}: the file's name is not UTF-8; rename the file") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    return InputFile(source, str(path), name, stat.st_size, stat.st_mtime_ns, stat.st_ino, "")
-
-
-def _identity(file: InputFile) -> str:
-    return f"{Path(file.path).absolute()}|{file.bytes}|{file.mtime_ns}|{file.inode}"
+    return InputFile(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino, source, name, "")

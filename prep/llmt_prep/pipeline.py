@@ -21,10 +21,13 @@ import numpy as np
 
 from llmt_prep import corpus as corpora
 from llmt_prep import executor, finish, shards, staging
+from llmt_prep.cache import being_read, cache_of, in_use, is_cache
 from llmt_prep.config import MixConfig, resolved
 from llmt_prep.corpus import Corpus
-from llmt_prep.ingest import tokenize_inputs
-from llmt_prep.inputs import Inputs, check_unchanged, find_inputs
+from llmt_prep.explain import CacheUse, cache_use
+from llmt_prep.hashes import check_unchanged
+from llmt_prep.ingest import place_units, tokenize_inputs
+from llmt_prep.inputs import Inputs, find_inputs
 from llmt_prep.ledger import Ledger, SplitLedger, mistakes, source_ledgers
 from llmt_prep.plan import Plan, describe
 from llmt_prep.progress import say, stage
@@ -82,7 +85,7 @@ def build_dataset(config: MixConfig, *, workers: int | None = None, force: bool 
     workers = workers or config.workers or executor.usable_cpus()
     if config.output.is_symlink():  # a rename would replace the link, not the folder on the disk that it points at
         config = config.model_copy(update={"output": config.output.resolve()})
-    with staging.locked(config.output):
+    with staging.locked(config.output), in_use(cache_of(config)):
         staging.recover(config.output)
         _check_output(config.output)
         return _build(config, workers, force, rehash)
@@ -91,18 +94,37 @@ def build_dataset(config: MixConfig, *, workers: int | None = None, force: bool 
 def dry_run(config: MixConfig, *, workers: int | None = None, rehash: bool = False) -> Plan:
     """Plan without writing: tokens are counted in a temporary directory where the cache does not hold them."""
     workers = workers or config.workers or executor.usable_cpus()
-    tokenizer = _tokenizer(config)
-    inputs = find_inputs(config, _cache(config), workers, rehash=rehash, remember=False)
-    with tempfile.TemporaryDirectory(prefix="llmt-dry-run-") as temporary:
-        corpus = tokenize_inputs(config, inputs, tokenizer, Path(temporary), workers, known=_cache(config))
+    tokenizer, cache = _tokenizer(config), cache_of(config)
+    inputs = find_inputs(config, cache, workers, rehash=rehash, remember=False)
+    with being_read(cache), tempfile.TemporaryDirectory(prefix="llmt-dry-run-") as temporary:
+        corpus = tokenize_inputs(config, inputs, tokenizer, Path(temporary), workers, known=cache)
         return describe(config, corpus, select(config, corpus), token_dtype(tokenizer.max_id))
+
+
+def explain_cache(config: MixConfig, *, workers: int | None = None, rehash: bool = False) -> CacheUse:
+    """Say what `build_dataset` would take from the cache, and why it would not take the rest.
+
+    Nothing is written but, where there is a cache, the hashes of input files.
+    """
+    workers = workers or config.workers or executor.usable_cpus()
+    tokenizer, cache = _tokenizer(config), cache_of(config)
+    inputs = find_inputs(config, cache, workers, rehash=rehash, remember=is_cache(cache))
+    with being_read(cache):
+        return cache_use(config, place_units(config, inputs, tokenizer, cache), cache, workers)
+
+
+def units_of(config: MixConfig, *, workers: int | None = None) -> set[str]:
+    """Return the keys of the units that a mix is made of, in the cache or not."""
+    workers = workers or config.workers or executor.usable_cpus()
+    inputs = find_inputs(config, cache_of(config), workers, rehash=False, remember=False)
+    return {place.directory.name for place in place_units(config, inputs, _tokenizer(config), cache_of(config))}
 
 
 def _build(config: MixConfig, workers: int, force: bool, rehash: bool) -> Built:
     clock, started = _Clock(), time.strftime("%Y-%m-%dT%H:%M:%S%z")
     tokenizer = _tokenizer(config)
     with clock("hash"):
-        inputs = find_inputs(config, _cache(config), workers, rehash=rehash, remember=True)
+        inputs = find_inputs(config, cache_of(config), workers, rehash=rehash, remember=True)
     mix = resolved(config, inputs.commits, tokenizer.commit)
     recipe = recipe_of(mix, inputs.files, tokenizer.digest)
     if not force and (done := _finished(config.output, recipe)) is not None:
@@ -112,7 +134,7 @@ def _build(config: MixConfig, workers: int, force: bool, rehash: bool) -> Built:
     if is_resumed:
         say(f"going on with {directory}")
     with clock("tokenize"):
-        corpus = tokenize_inputs(config, inputs, tokenizer, _cache(config), workers)
+        corpus = tokenize_inputs(config, inputs, tokenizer, cache_of(config), workers)
     check_unchanged(inputs.files)
     with clock("plan"):
         selected = select(config, corpus)
@@ -127,7 +149,7 @@ def _build(config: MixConfig, workers: int, force: bool, rehash: bool) -> Built:
         header = _header(config, tokenizer, recipe, totals)
         known = {path: sha256 for total in totals.values() for path, sha256 in total.sha256.items()}
         finish.write_manifest(data, header, known)
-    durable.write(data / finish.RUN_REPORT, _run_report(started, clock, workers, tokenizer))
+    durable.write(data / finish.RUN_REPORT, _run_report(started, clock, workers, tokenizer, corpus))
     staging.publish(config.output)
     return Built(config.output, *read_manifest(config.output), is_new=True)
 
@@ -135,10 +157,6 @@ def _build(config: MixConfig, workers: int, force: bool, rehash: bool) -> Built:
 def _tokenizer(config: MixConfig) -> LoadedTokenizer:
     said = config.tokenizer
     return load_tokenizer(said.path, said.revision, said.eos_token, said.bos_token)
-
-
-def _cache(config: MixConfig) -> Path:
-    return config.cache or config.output.parent / ".llmt-cache"
 
 
 def _check_output(output: Path) -> None:
@@ -228,14 +246,19 @@ def _header(config: MixConfig, tokenizer: LoadedTokenizer, recipe: str, totals: 
     }
 
 
-def _run_report(started: str, clock: _Clock, workers: int, tokenizer: LoadedTokenizer) -> str:
+def _run_report(started: str, clock: _Clock, workers: int, tokenizer: LoadedTokenizer, corpus: Corpus) -> str:
     """What is true of this run only; neither the manifest nor the digest covers it."""
-    packages = ("numpy", "tokenizers", "pyarrow", "numba")
+    packages = ("numpy", "tokenizers", "fastokens", "pyarrow", "numba")
+    metas = [corpus.open_unit(unit).meta for unit in range(len(corpus.units))]
     report = {
         "started": started,
         "seconds": clock.seconds,
         "workers": workers,
-        "engine": "tokenizers",
+        "units_by_engine": Counter(meta.engine for meta in metas),
+        "guard": {
+            "documents_compared": sum(meta.compared for meta in metas),
+            "batches_fallen_back": sum(meta.fallbacks for meta in metas),
+        },
         "host": socket.gethostname(),
         "python": platform.python_version(),
         "versions": {"llmt": __version__} | {name: _version(name) for name in packages},
@@ -247,7 +270,7 @@ def _run_report(started: str, clock: _Clock, workers: int, tokenizer: LoadedToke
 def _version(package: str) -> str | None:
     try:
         return version(package)
-    except PackageNotFoundError:  # numba is not there for every Python
+    except PackageNotFoundError:  # numba and fastokens are not there for every Python and machine
         return None
 
 

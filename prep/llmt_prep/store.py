@@ -1,7 +1,8 @@
 """The token store: what one unit of input becomes, a folder of raw arrays that appears whole or not at all.
 
 Its files: `tokens`, `lengths`, `records` and `text_hash` (little-endian; see StoreUnit), `quarantine.jsonl` (bad
-records, one JSON object a line) and `meta.json` (UnitMeta, with a checksum of every other file).
+records, one JSON object a line), `origin.json` (what the unit was made of) and `meta.json` (UnitMeta, with a checksum
+of every other file).
 """
 
 import errno
@@ -11,7 +12,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +37,7 @@ _COLUMNS: dict[str, np.dtype[Any]] = {
     "text_hash": np.dtype("<u8"),
 }
 _QUARANTINE = "quarantine.jsonl"
+_ORIGIN = "origin.json"
 _META = "meta.json"
 _WAY_OUT = "delete this folder and run the same command again"
 
@@ -148,6 +150,15 @@ def is_sound(path: Path) -> bool:
         return False
 
 
+def read_origin(path: Path) -> dict[str, Any]:
+    """Return what a unit was made of; nothing where it does not say."""
+    try:
+        origin = json.loads((path / _ORIGIN).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return origin if isinstance(origin, dict) else {}
+
+
 def read_quarantine(path: Path) -> "Iterator[BadRecord]":
     """Yield a unit's bad records in order."""
     from llmt_prep.documents import BadRecord  # loads pyarrow, which a worker that gathers can do without
@@ -159,13 +170,14 @@ def read_quarantine(path: Path) -> "Iterator[BadRecord]":
 class UnitWriter:
     """Files of a unit that is being written; `writing_unit` gives one."""
 
-    def __init__(self, directory: Path, dtype: np.dtype[Any]) -> None:
+    def __init__(self, directory: Path, dtype: np.dtype[Any], origin: Mapping[str, Any]) -> None:
         self.meta: UnitMeta | None = None
         self._dtypes = {"tokens": dtype, **_COLUMNS}
         self._files: dict[str, BinaryIO] = {
-            name: (directory / name).open("wb") for name in [*self._dtypes, _QUARANTINE, _META]
+            name: (directory / name).open("wb") for name in [*self._dtypes, _QUARANTINE, _ORIGIN, _META]
         }
-        self._hashes = {name: xxhash.xxh3_64() for name in [*self._dtypes, _QUARANTINE]}
+        self._hashes = {name: xxhash.xxh3_64() for name in [*self._dtypes, _QUARANTINE, _ORIGIN]}
+        self._write(_ORIGIN, json.dumps(origin, indent=1).encode() + b"\n")
 
     def add(
         self,
@@ -208,17 +220,17 @@ class UnitWriter:
 
 
 @contextmanager
-def writing_unit(path: Path, dtype: np.dtype[Any]) -> Iterator[UnitWriter]:
+def writing_unit(path: Path, dtype: np.dtype[Any], origin: Mapping[str, Any] | None = None) -> Iterator[UnitWriter]:
     """Write a unit; the folder appears under its name when the block ends well, complete and on the disk.
 
     Where another process has made the same unit meanwhile, that one stays: its content is the same.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
-    temporary = path.with_name(f"{_temporary_prefix(path)}{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         temporary.mkdir()
-        writer = UnitWriter(temporary, dtype)
+        writer = UnitWriter(temporary, dtype, origin or {})
         try:
             yield writer
         finally:
@@ -233,6 +245,33 @@ def writing_unit(path: Path, dtype: np.dtype[Any]) -> Iterator[UnitWriter]:
         shutil.rmtree(temporary, ignore_errors=True)  # gone already when all went well
 
 
+def remove_unit(path: Path) -> None:
+    """Remove a unit; a kill in the middle leaves none by its name, only what `is_abandoned`."""
+    temporary = _temporary(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    with suppress(FileNotFoundError):  # another process was first
+        path.rename(temporary)
+        shutil.rmtree(temporary)
+
+
+def is_abandoned(leftover: Path) -> bool:
+    """Whether a unit that was being written or removed is of a process that runs no more, as far as one can know."""
+    host, _, pid = leftover.name.removesuffix(".tmp").partition(".")[2].partition(".")[2].rpartition(".")
+    is_ours = host == socket.gethostname() and pid.isdecimal()
+    return is_ours and (int(pid) == os.getpid() or not is_running(int(pid)))
+
+
+def is_running(pid: int) -> bool:
+    """Whether this machine has a process of that number."""
+    try:
+        os.kill(pid, 0)  # signal 0 only asks
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def _publish(temporary: Path, path: Path) -> None:
     durable.sync_directory(temporary)
     try:
@@ -243,26 +282,15 @@ def _publish(temporary: Path, path: Path) -> None:
     durable.sync_directory(path.parent)
 
 
-def _temporary_prefix(path: Path) -> str:
-    return f".{path.name}.{socket.gethostname()}."
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
 
 
 def _remove_leftovers(path: Path) -> None:
     """Remove what killed processes of this machine left of the same unit."""
-    for leftover in path.parent.glob(f"{glob.escape(_temporary_prefix(path))}*.tmp"):
-        pid = leftover.name.removesuffix(".tmp").rpartition(".")[2]
-        if pid.isdecimal() and (int(pid) == os.getpid() or not _is_running(int(pid))):
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if is_abandoned(leftover):
             shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)  # signal 0 only asks
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _checksum(path: Path) -> str:

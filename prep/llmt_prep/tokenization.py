@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import xxhash
@@ -49,6 +49,7 @@ def tokenize_unit(
     check: Callable[[], None] = lambda: None,
     fast: Engine | None = None,
     begins_source: bool = False,
+    origin: Mapping[str, Any] | None = None,
 ) -> UnitMeta:
     """Write one unit of the token store.
 
@@ -61,6 +62,7 @@ def tokenize_unit(
         check: called when all is read; what it raises keeps the unit from appearing.
         fast: an engine to be used in place of the reference, which then only guards it.
         begins_source: the guard compares the first documents too, not only its sample.
+        origin: what the unit is made of, to be kept with it.
 
     Raises:
         ConfigError: BOS or EOS is wanted and the tokenizer has none.
@@ -73,7 +75,7 @@ def tokenize_unit(
     find_strings = control_string_finder(tokenizer.control_tokens)
     find_ids = control_id_finder(() if is_kept else tokenizer.control_ids)
     counts: Counter[str] = Counter()
-    with writing_unit(directory, token_dtype(tokenizer.max_id)) as writer:
+    with writing_unit(directory, token_dtype(tokenizer.max_id), origin) as writer:
         for batch in _batches(documents.read(unit, reading)):
             marked = [number for number, text in enumerate(batch.texts) if find_strings(text) is not None]
             if marked and settings.special_tokens_in_text == "error":
@@ -91,10 +93,10 @@ def tokenize_unit(
         return writer.finish({name: counts[name] for name in _COUNTED}, (fast or reference).name)
 
 
-def unit_key(
+def unit_facts(
     unit: Unit, content_hash: str, reading: Reading, tokenizer: LoadedTokenizer, settings: TextSettings
-) -> str:
-    """Return the name of the unit in the token store: 64 hex digits that change with whatever could change its content.
+) -> dict[str, Any]:
+    """Return whatever could change the content of a unit, as JSON can hold it.
 
     Args:
         unit: its path counts only for how the file is compressed.
@@ -103,7 +105,7 @@ def unit_key(
         tokenizer: counts by its files and its BOS and EOS.
         settings: BOS, EOS and control strings.
     """
-    facts = {
+    return {
         "version": TOKENIZATION_VERSION,
         "content": content_hash,
         "range": [unit.start, unit.stop],
@@ -112,14 +114,19 @@ def unit_key(
         "tokenizer": [tokenizer.digest, tokenizer.bos_id, tokenizer.eos_id],
         "settings": asdict(settings),
     }
+
+
+def unit_key(facts: Mapping[str, Any]) -> str:
+    """Return the name of a unit in the token store: 64 hex digits that change with any of its facts."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def hash_content(unit: Unit) -> str:
-    """Return the xxh3_128 of every stored byte on which the unit's records depend."""
+def hash_content(unit: Unit, feed: Callable[[bytes], None] = lambda piece: None) -> str:
+    """Return the xxh3_128 of every stored byte on which the unit's records depend; ``feed`` is given them too."""
     state = xxhash.xxh3_128()
     for piece in documents.unit_bytes(unit):
         state.update(piece)
+        feed(piece)
     return str(state.hexdigest())
 
 

@@ -283,5 +283,11 @@ def parse_count(value: object) -> int:
 Count = Annotated[int, BeforeValidator(parse_count)]
 """A number of tokens or documents: `20B` is 20 000 000 000."""
 
-Bytes = Annotated[int, BeforeValidator(lambda value: _parse_quantity(value, _BYTE_UNITS, "512MB or 2GiB"))]
+
+def parse_bytes(value: object) -> int:
+    """Read `512MB`, `2GiB`, `4096`; raises ValueError for anything that is no whole number."""
+    return _parse_quantity(value, _BYTE_UNITS, "512MB or 2GiB")
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 """A size in bytes: `512MB` is 512 000 000, `512MiB` is 536 870 912."""

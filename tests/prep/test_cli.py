@@ -38,7 +38,9 @@ def error_of(result: subprocess.CompletedProcess[str], code: int) -> str:
     return result.stderr[result.stderr.index(message[0]) :]
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["pack", "--help"], ["stats", "--help"], ["verify", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["pack", "--help"], ["verify", "--help"], ["cache", "prune", "--help"]]
+)
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom llmt_prep.cli import app\n"
@@ -144,6 +146,41 @@ def test_bad_input_gets_one_message_with_place_and_code(case: int, mix: dict[str
 
 def test_there_are_as_many_bad_cases_as_are_run(mix: dict[str, Any], tmp_path: Path) -> None:
     assert len(list(_broken(mix, tmp_path))) == 12
+
+
+def test_the_cache_is_explained_listed_and_pruned(mix: dict[str, Any], tmp_path: Path) -> None:
+    path = written(mix, tmp_path / "mix.yaml")
+
+    def told(*arguments: str) -> Any:
+        result = run(*arguments, "--mix", path, "--json")
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout)
+
+    assert told("pack", "--explain-cache")["sources"]["help"]["reasons"][0]["why"] == ["never seen"]
+    assert not Path(mix["output"]).parent.exists()
+    told("pack", "--workers", "1")
+    assert told("cache", "list")["units"] == 13
+    assert told("cache", "prune", "--unused-by", str(path))["kept_units"] == 13
+    assert told("cache", "prune", "--max-size", "0", "--dry-run")["removed_units"] == 13
+    assert told("cache", "prune", "--older-than", "1d", "--max-size", "10GB")["removed_units"] == 0
+    assert told("pack", "--explain-cache")["sources"]["help"]["reused"]["units"] == 2
+
+
+def test_two_packs_that_share_a_cache_at_once_make_the_same_dataset(mix: dict[str, Any], tmp_path: Path) -> None:
+    path, outputs = written(mix, tmp_path / "mix.yaml"), [tmp_path / "out" / name for name in ("one", "two")]
+    processes = [
+        subprocess.Popen([*COMMAND, "pack", "--mix", str(path), f"output={output}", "--workers", "1"])
+        for output in outputs
+    ]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert open_dataset(outputs[0]).digest == open_dataset(outputs[1]).digest
+    assert json.loads(run("cache", "list", tmp_path / "out" / ".llmt-cache", "--json").stdout)["leftovers"] == 0
+
+
+def test_a_cache_must_be_said_and_be_one(tmp_path: Path, mix: dict[str, Any]) -> None:
+    assert "wanted either its folder or --mix" in error_of(run("cache", "list"), 2)
+    assert "no cache of llmt-prep" in error_of(run("cache", "prune", tmp_path), 2)
+    assert "wanted minutes, hours, days or weeks" in error_of(run("cache", "prune", tmp_path, "--older-than", "1y"), 2)
 
 
 def test_a_dataset_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -2,18 +2,26 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from llmt_prep import documents
+from llmt_prep import choice, documents, ingest, store, tokenization, unit_task
+from llmt_prep.cache import origin_of
 from llmt_prep.config import MixConfig
 from llmt_prep.corpus import Corpus
+from llmt_prep.engines import Encoded, Engine
+from llmt_prep.guard import EngineDiffers
 from llmt_prep.ingest import tokenize_inputs
 from llmt_prep.inputs import find_inputs
+from llmt_prep.pipeline import build_dataset, dry_run
+from llmt_prep.store import is_sound
 from llmt_prep.tokenizer import load_tokenizer
-from llmt_shared.errors import DataError
+from llmt_prep.unit_task import TokenizeTask
+from llmt_shared.errors import DataError, FormatError
 
 
 def tokenize(mix: dict[str, Any], cache: Path) -> Corpus:
@@ -92,3 +100,243 @@ def test_an_edited_line_is_tokenized_again_with_its_unit_alone(mix: dict[str, An
     source.write_text("".join(lines).replace("document 100", "dokument 100"))
     after = [unit.directory for unit in tokenize(mix, cache).units]
     assert sum(old != new for old, new in zip(before, after, strict=True)) == 1
+
+
+@pytest.fixture
+def tasks(monkeypatch: pytest.MonkeyPatch) -> list[TokenizeTask]:
+    """What is tokenized, as it happens."""
+    seen: list[TokenizeTask] = []
+
+    def recorded(task: TokenizeTask, run_task: Callable[..., Any] = ingest.run_task) -> Any:
+        seen.append(task)
+        return run_task(task)
+
+    monkeypatch.setattr(ingest, "run_task", recorded)
+    return seen
+
+
+def lengths(corpus: Corpus) -> list[list[int]]:
+    return [corpus.open_unit(unit).lengths.tolist() for unit in range(len(corpus.units))]
+
+
+def build(mix: dict[str, Any], **change: Any) -> str:
+    output = f"{mix['output']}-{len(list(Path(mix['output']).parent.glob('data*')))}"
+    return build_dataset(MixConfig.model_validate(mix | change | {"output": output}), workers=1).digest
+
+
+def test_packing_in_another_way_tokenizes_nothing(mix: dict[str, Any], tasks: list[TokenizeTask]) -> None:
+    build(mix)
+    assert len(tasks) == 13
+    weighted = {name: {"path": source["path"], "weight": 1} for name, source in mix["sources"].items()}
+    for change in (
+        {"sequence": {"length": 100, "overflow": "truncate"}},
+        {"seed": 8, "holdout": {"fraction": 0}},
+        {"sources": weighted, "budget": 5000},
+        {"shard_size": 20_000, "packing": {"window": 10}},
+    ):
+        build(mix, **change)
+        assert len(tasks) == 13
+
+
+@pytest.mark.parametrize("change", [{"bos": "never"}, {"eos": "never"}, {"max_record_bytes": 2**20}])
+def test_another_setting_tokenizes_all_again(
+    mix: dict[str, Any], tasks: list[TokenizeTask], tmp_path: Path, change: dict[str, Any]
+) -> None:
+    for more in ({}, change):
+        tokenize(mix | more, tmp_path / "cache")
+    assert len(tasks) == 26
+
+
+def test_another_tokenizer_tokenizes_all_again_and_the_first_is_kept(
+    mix: dict[str, Any], tasks: list[TokenizeTask], tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "tokenizer.json").write_bytes((tokenizer_dir / "tokenizer.json").read_bytes())
+    other = mix | {"tokenizer": str(tmp_path / "other"), "eos": "never"}
+    for each, in_all in ((mix, 13), (other, 26), (mix, 26), (other, 26)):
+        tokenize(each, tmp_path / "cache")
+        assert len(tasks) == in_all
+
+
+def test_a_reader_setting_tokenizes_its_source_again(
+    mix: dict[str, Any], tasks: list[TokenizeTask], tmp_path: Path
+) -> None:
+    tokenize(mix, tmp_path / "cache")
+    mix["sources"]["plain"]["record"] = "line"
+    tokenize(mix, tmp_path / "cache")
+    assert [Path(task.unit.path).suffix for task in tasks[13:]] == [".txt"] * 10
+
+
+def test_a_changed_file_is_tokenized_again_alone(
+    mix: dict[str, Any], tasks: list[TokenizeTask], tmp_path: Path
+) -> None:
+    for number in range(5):
+        (tmp_path / f"{number}.txt").write_text(f"the file of number {number}")
+    mix["sources"] = {"a": {"path": str(tmp_path / "*.txt")}}
+    tokenize(mix, tmp_path / "cache")
+    (tmp_path / "3.txt").write_text("another text")
+    tokenize(mix, tmp_path / "cache")
+    assert [Path(task.unit.path).name for task in tasks[5:]] == ["3.txt"]
+
+
+def test_another_unit_size_gives_the_same_dataset(mix: dict[str, Any], tasks: list[TokenizeTask]) -> None:
+    assert build(mix) == build(mix, unit_size=5000)
+    assert len(tasks) > 20
+
+
+@pytest.mark.parametrize("name", ["tokens", "lengths", "text_hash", "meta.json", "origin.json"])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
+def test_a_damaged_unit_is_named_and_made_again(
+    mix: dict[str, Any], tasks: list[TokenizeTask], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    name: str, damage: str,
+) -> None:  # fmt: skip
+    cache = tmp_path / "cache"
+    wanted = lengths(tokenize(mix, cache))
+    unit = Path(tasks[1].directory)
+    content = (unit / name).read_bytes()
+    if damage == "missing":
+        (unit / name).unlink()
+    else:
+        (unit / name).write_bytes(
+            content[: len(content) // 2] if damage == "cut" else bytes([content[0] ^ 1]) + content[1:]
+        )
+    assert not is_sound(unit)
+    capsys.readouterr()
+    assert lengths(tokenize(mix, cache)) == wanted
+    assert f"{unit}: this unit of the cache is damaged" in capsys.readouterr().err
+    assert [task.directory for task in tasks[13:]] == [str(unit)]
+    assert is_sound(unit)
+    assert (unit / name).read_bytes() == content
+    assert [path.name for path in unit.parent.iterdir()] == [unit.name]
+
+
+def test_a_unit_that_another_run_mended_meanwhile_is_left_to_it(
+    mix: dict[str, Any], tasks: list[TokenizeTask], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenize(mix, tmp_path / "cache")
+    (directory, *_), answers = [Path(task.directory) for task in tasks], iter([False])
+    monkeypatch.setattr(store, "is_sound", lambda path: next(answers, True) if path == directory else is_sound(path))
+    inode = directory.stat().st_ino
+    tokenize(mix, tmp_path / "cache")
+    assert directory.stat().st_ino == inode
+    assert len(tasks) == 13
+
+
+def test_a_dry_run_neither_uses_nor_mends_a_damaged_unit(mix: dict[str, Any], tasks: list[TokenizeTask]) -> None:
+    build(mix)
+    wanted = dry_run(MixConfig.model_validate(mix), workers=1)
+    unit = Path(tasks[0].directory)
+    (unit / "lengths").write_bytes(b"\1\0\0\0" * ((unit / "lengths").stat().st_size // 4))
+    before = {path: path.stat().st_mtime_ns for path in Path(mix["output"]).parent.rglob("*")}
+    assert dry_run(MixConfig.model_validate(mix), workers=1) == wanted
+    assert {path: path.stat().st_mtime_ns for path in Path(mix["output"]).parent.rglob("*")} == before
+    assert len(tasks) == 14
+
+
+def test_a_damaged_tokenizer_in_the_cache_is_mended(mix: dict[str, Any], tmp_path: Path, tokenizer_dir: Path) -> None:
+    tokenize(mix, tmp_path / "cache")
+    (stored,) = (tmp_path / "cache").glob("tokenizers/*/tokenizer.json")
+    stored.write_bytes(stored.read_bytes().replace(b"document", b"tnemucod"))
+    tokenize(mix | {"unit_size": 5000}, tmp_path / "cache")
+    assert stored.read_bytes() == (tokenizer_dir / "tokenizer.json").read_bytes()
+
+
+def test_a_unit_says_what_it_was_made_of(mix: dict[str, Any], tasks: list[TokenizeTask], tmp_path: Path) -> None:
+    tokenize(mix, tmp_path / "cache")
+    for task in tasks:
+        origin = origin_of(Path(task.directory))
+        assert origin == task.origin
+        assert origin.file == task.unit.path
+        assert origin.tokenizer == mix["tokenizer"]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 20])
+def test_a_task_reads_ahead_what_its_worker_does_next(
+    mix: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    config, given = MixConfig.model_validate(mix | {"unit_size": 5000}), []
+
+    def run(function: Any, tasks: list[tuple[TokenizeTask]], workers: int) -> Any:
+        given.extend(task for (task,) in tasks)
+        return iter([])
+
+    inputs = find_inputs(config, tmp_path / "cache", 1, rehash=False, remember=True)
+    monkeypatch.setattr(ingest.executor, "run", run)
+    with pytest.raises(FormatError):  # for want of units
+        tokenize_inputs(config, inputs, load_tokenizer(mix["tokenizer"]), tmp_path / "cache", workers)
+    ranges = [(task.unit.path, task.unit.start, task.unit.stop) for task in given]
+    assert len(ranges) > 20
+    assert [task.ahead for task in given] == [*ranges[workers:], *[None] * workers]
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_what_cannot_be_read_ahead_stops_nothing(
+    mix: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_there: bool
+) -> None:
+    if is_there:
+        monkeypatch.setattr(os, "posix_fadvise", lambda *_: (_ for _ in ()).throw(OSError(22, "no")), raising=False)
+    else:
+        monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    assert tokenize(mix, tmp_path / "cache").num_sources == 3
+
+
+def test_progress_counts_every_byte_of_a_parquet_file_once(
+    mix: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path, totals = tmp_path / "a.parquet", {}
+    pq.write_table(pa.table({"text": [f"document {i}" for i in range(100)]}), path, row_group_size=15)
+    stage = ingest.stage
+    monkeypatch.setattr(ingest, "stage", lambda name, total, unit: totals.update({name: total}) or stage(name, 0))
+    tokenize(mix | {"sources": {"a": {"path": str(path)}}, "unit_size": 1}, tmp_path / "cache")
+    assert totals == {"check cache": 0, "tokenize": path.stat().st_size}
+
+
+# Engines
+
+
+def inexact_engine(tokenizer: Any, keep_control: bool) -> Engine:
+    return Engine(
+        "fastokens 0", lambda texts: Encoded(np.full(len(texts), 7, np.uint32), np.ones(len(texts), np.int64))
+    )
+
+
+def test_units_of_an_engine_that_was_found_inexact_are_made_again_by_the_reference(
+    mix: dict[str, Any],
+    tasks: list[TokenizeTask],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    wanted = build(mix, engine="tokenizers", cache=str(tmp_path / "reference"))
+    unit_task._fast.cache_clear()
+    monkeypatch.setattr(unit_task, "fast_engine", inexact_engine)
+    with monkeypatch.context() as patch:  # as if the engine were right until here
+        patch.setattr(tokenization, "first_difference", lambda *arguments: None)
+        assert build(mix) != wanted
+    with pytest.raises(EngineDiffers, match=r":1: fastokens 0 does not give the tokens of"):
+        build(mix, eos="never")
+    tasks.clear()
+    monkeypatch.setattr(choice, "fast_engine", inexact_engine)
+    assert build(mix) == wanted
+    assert len(tasks) == 13
+    assert not any(task.is_fast for task in tasks)
+    assert "was made by fastokens 0, which is not exact; it is tokenized again" in capsys.readouterr().err
+    unit_task._fast.cache_clear()
+
+
+@pytest.mark.parametrize("engine", ["auto", "tokenizers"])
+def test_the_run_report_tells_engines_and_what_the_guard_compared(mix: dict[str, Any], engine: str) -> None:
+    built = build_dataset(MixConfig.model_validate(mix | {"engine": engine}), workers=1)
+    report = json.loads((built.path / "run.json").read_text())
+    name = "fastokens" if engine == "auto" else "tokenizers"
+    assert set(report["units_by_engine"]) == {f"{name} {report['versions'][name]}"}
+    assert (report["guard"]["documents_compared"] > 0) == (engine == "auto")
+    assert report["guard"]["batches_fallen_back"] == 0
+
+
+def test_the_dataset_does_not_depend_on_the_engine(mix: dict[str, Any], tmp_path: Path) -> None:
+    digests = {build(mix, engine=engine, cache=str(tmp_path / engine)) for engine in ("fastokens", "tokenizers")}
+    assert len(digests) == 1

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from llmt_prep.config import MixConfig
-from llmt_prep.inputs import find_inputs
+from llmt_prep.inputs import HASHES, find_inputs
 from llmt_shared.errors import ConfigError
 
 
@@ -21,7 +21,7 @@ def test_a_broken_memory_of_hashes_costs_only_hashing(mix: dict[str, Any], tmp_p
     (tmp_path / "a.jsonl").touch()
     (tmp_path / "cache").mkdir()
     for content in ("[]", "null", "{", ""):
-        (tmp_path / "cache" / "files.json").write_text(content)
+        (tmp_path / "cache" / HASHES).write_text(content)
         assert find(mix, tmp_path / "cache", tmp_path / "a.jsonl") == ["a.jsonl"]
 
 
@@ -50,3 +50,18 @@ def test_what_packing_wrote_is_no_input(mix: dict[str, Any], tmp_path: Path, nam
     (tmp_path / name).touch()
     with pytest.raises(ConfigError, match="is packing's own"):
         find(mix, tmp_path / "cache", tmp_path)
+
+
+def test_the_bytes_of_a_parquet_file_are_shared_among_its_units(mix: dict[str, Any], tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [f"document {i}" for i in range(100)]}), path, row_group_size=15)
+    config = MixConfig.model_validate(mix | {"sources": {"a": {"path": str(path)}}, "unit_size": 1})
+    units = find_inputs(config, tmp_path / "cache", 1, rehash=False, remember=False).units
+    assert len(units) == 7
+    borders = [0, *(unit.span[1] for unit in units)]
+    assert [unit.span[0] for unit in units] == borders[:-1]
+    assert borders[-1] == path.stat().st_size
+    assert not (tmp_path / "cache").exists()

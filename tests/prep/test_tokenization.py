@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from llmt_prep import tokenization
 from llmt_prep.documents import Reading, Unit, split_into_units
 from llmt_prep.store import StoreUnit, UnitMeta, hash_text, open_unit, read_quarantine
-from llmt_prep.tokenization import TextSettings, hash_content, tokenize_unit, unit_key
+from llmt_prep.tokenization import TextSettings, hash_content, tokenize_unit, unit_facts, unit_key
 from llmt_prep.tokenizer import LoadedTokenizer, load_tokenizer
 from llmt_shared.errors import ConfigError, DataError
 
@@ -253,7 +253,7 @@ def key(unit: Unit, tokenizer: LoadedTokenizer, **changes: object) -> str:
     content = changes.pop("content", "c")
     reading = dataclasses.replace(Reading(), **{k: v for k, v in changes.items() if hasattr(Reading(), k)})
     text_settings = dataclasses.replace(BARE, **{k: v for k, v in changes.items() if hasattr(BARE, k)})
-    return unit_key(unit, content, reading, tokenizer, text_settings)
+    return unit_key(unit_facts(unit, content, reading, tokenizer, text_settings))
 
 
 def test_whatever_changes_the_content_changes_the_key(tokenizers, monkeypatch):
@@ -316,12 +316,12 @@ WHOLE = """
 import sys
 from pathlib import Path
 from llmt_prep.documents import Reading, split_into_units
-from llmt_prep.tokenization import TextSettings, hash_content, tokenize_unit, unit_key
+from llmt_prep.tokenization import TextSettings, hash_content, tokenize_unit, unit_facts, unit_key
 from llmt_prep.tokenizer import load_tokenizer
 tokenizer = load_tokenizer("t")
 for name in ("a.jsonl", "a.txt", "a.parquet", "a.arrow"):
     (unit,) = split_into_units(Path(name), "auto", 1 << 20)
-    directory = Path(unit_key(unit, hash_content(unit), Reading(), tokenizer, TextSettings()))
+    directory = Path(unit_key(unit_facts(unit, hash_content(unit), Reading(), tokenizer, TextSettings())))
     print(tokenize_unit(unit, Reading(), tokenizer, TextSettings(), directory).documents)
 print([name for name in ("torch", "transformers", "datasets") if name in sys.modules])
 """

@@ -1,0 +1,161 @@
+"""What a run would take from the cache, and which field of the rest differs: the answer of `pack --explain-cache`."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from llmt_prep.cache import Origin, origin_of, unit_folders
+from llmt_prep.config import MixConfig
+from llmt_prep.ingest import Place, damaged_units
+from llmt_prep.report import count, escaped, size, table
+from llmt_shared.config import StrictModel
+
+_REASONS_SHOWN = 8
+_REUSED: tuple[str, ...] = ()
+_NEVER_SEEN = ("never seen",)
+_DAMAGED = ("damaged in the cache",)
+_NOT_THERE = ("not tokenized yet, or pruned",)
+
+
+class Amount(StrictModel):
+    """Units of work, and the bytes of input that they read."""
+
+    units: int
+    bytes: int
+
+
+class Reason(Amount):
+    """Units that cannot be reused, and why."""
+
+    why: tuple[str, ...]
+    """All differences from the nearest unit in the cache."""
+
+
+class SourceUse(StrictModel):
+    """One source's units; one that comes twice is tokenized once."""
+
+    reused: Amount
+    to_tokenize: Amount
+    reasons: tuple[Reason, ...]
+    """Of what is to tokenize, most bytes first."""
+
+
+class CacheUse(StrictModel):
+    """What a run would take from the cache."""
+
+    cache: str
+    sources: dict[str, SourceUse]
+
+
+def cache_use(config: MixConfig, places: Sequence[Place], cache: Path, workers: int) -> CacheUse:
+    """Compare the units of a mix with those in the cache, which are read to see whether they are sound."""
+    damaged = damaged_units(places, workers)
+    missing = {place.directory: place for place in reversed(places) if not place.directory.exists()}
+    stored = _Stored(cache, list(missing.values()))
+
+    def why(place: Place) -> tuple[str, ...]:
+        if place.directory in damaged:
+            return _DAMAGED
+        is_first = missing.get(place.directory) is place  # what comes again later is tokenized by then
+        return stored.why_not(place.origin) if is_first else _REUSED
+
+    whys = [why(place) for place in places]
+    sources = {name: _source_use(places, whys, source) for source, name in enumerate(config.sources)}
+    return CacheUse(cache=str(cache), sources=sources)
+
+
+def differences(old: Origin, new: Origin) -> tuple[str, ...]:
+    """Say in which fields two units differ, but for the ranges of their files."""
+    return tuple(_differences(old, new))
+
+
+def render(use: CacheUse) -> str:
+    """Return the answer as text."""
+    rows = [
+        [name, count(each.reused.units), size(each.reused.bytes), count(each.to_tokenize.units),
+         size(each.to_tokenize.bytes)]
+        for name, each in use.sources.items()
+    ]  # fmt: skip
+    lines = [table(["source", "units reused", "input", "to tokenize", "input"], rows)]
+    for name, each in use.sources.items():
+        lines += ["", f"{name}:"] if each.reasons else []
+        for reason in each.reasons[:_REASONS_SHOWN]:
+            lines.append(f"  {count(reason.units)} units, {size(reason.bytes)}: {escaped('; '.join(reason.why))}")
+        if len(each.reasons) > _REASONS_SHOWN:
+            lines.append(f"  and {len(each.reasons) - _REASONS_SHOWN} more reasons; --json lists all")
+    return "\n".join([*lines, "", f"cache: {escaped(use.cache)}"])
+
+
+def _source_use(places: Sequence[Place], whys: Sequence[tuple[str, ...]], source: int) -> SourceUse:
+    units: Counter[tuple[str, ...]] = Counter()
+    sizes: Counter[tuple[str, ...]] = Counter()
+    for place, why in zip(places, whys, strict=True):
+        if place.source == source:
+            units[why] += 1
+            sizes[why] += place.bytes
+    reasons = [Reason(units=units[why], bytes=sizes[why], why=why) for why in units if why != _REUSED]
+    return SourceUse(
+        reused=Amount(units=units[_REUSED], bytes=sizes[_REUSED]),
+        to_tokenize=Amount(units=sum(each.units for each in reasons), bytes=sum(each.bytes for each in reasons)),
+        reasons=tuple(sorted(reasons, key=lambda each: (-each.bytes, each.why))),
+    )
+
+
+class _Stored:
+    """The stored units that are near to some that are missing: of the same file, or of the same content.
+
+    Of many that differ from a missing one in the same way only one is kept.
+    """
+
+    def __init__(self, cache: Path, missing: Sequence[Place]) -> None:
+        self._by_file: dict[str, dict[str, Origin]] = {place.origin.file: {} for place in missing}
+        self._by_content: dict[str, dict[str, Origin]] = {place.origin.facts["content"]: {} for place in missing}
+        for folder in unit_folders(cache) if missing else ():
+            if (origin := origin_of(folder)) is not None:
+                kind = repr([_settings(origin), origin.facts["tokenizer"], origin.file_sha256, origin.unit_size])
+                self._by_file.get(origin.file, {})[kind] = origin
+                self._by_content.get(origin.facts["content"], {})[kind] = origin
+
+    def why_not(self, wanted: Origin) -> tuple[str, ...]:
+        """The differences from the nearest."""
+        near = [*self._by_content[wanted.facts["content"]].values(), *self._by_file[wanted.file].values()]
+        found = [differences(stored, wanted) for stored in near]
+        return min(found, key=lambda each: (len(each), each), default=_NEVER_SEEN) or _NOT_THERE
+
+
+def _differences(old: Origin, new: Origin) -> Iterator[str]:
+    before, after = _settings(old), _settings(new)
+    yield from _tokenizer_differences(old, new)
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key):
+            yield f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+    yield from _input_differences(old, new)
+
+
+def _input_differences(old: Origin, new: Origin) -> Iterator[str]:
+    if old.facts["content"] == new.facts["content"]:
+        if old.facts["range"] != new.facts["range"]:
+            yield "range: the same bytes were elsewhere in the file"
+        return
+    if old.file_sha256 != new.file_sha256:
+        yield f"content of {new.file} changed"
+    if old.unit_size != new.unit_size:
+        yield f"unit_size: {old.unit_size} -> {new.unit_size}"
+
+
+def _tokenizer_differences(old: Origin, new: Origin) -> Iterator[str]:
+    (before, *ids_before), (after, *ids_after) = old.facts["tokenizer"], new.facts["tokenizer"]
+    if before != after:
+        names = old.tokenizer if old.tokenizer == new.tokenizer else f"{old.tokenizer} -> {new.tokenizer}"
+        yield f"tokenizer {names} (digest {before[:12]} -> {after[:12]})"
+        return
+    for role, was, is_now in zip(("bos_id", "eos_id"), ids_before, ids_after, strict=True):
+        if was != is_now:
+            yield f"{role}: {was} -> {is_now}"
+
+
+def _settings(origin: Origin) -> dict[str, object]:
+    """The facts by the names that users know, in one level; without tokenizer, content and range."""
+    facts = {key: value for key, value in origin.facts.items() if key not in ("content", "range", "tokenizer")}
+    version, *groups = (facts.pop(key) for key in ("version", "reading", "settings"))
+    return {"TOKENIZATION_VERSION": version, **facts, **groups[0], **groups[1]}

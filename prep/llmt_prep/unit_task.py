@@ -1,0 +1,91 @@
+"""What a worker does with one unit: the engine that the run chose, the guard's verdict, the next unit read ahead."""
+
+import os
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+from llmt_prep.cache import Origin
+from llmt_prep.documents import Reading, Unit
+from llmt_prep.engines import Engine, fast_engine
+from llmt_prep.guard import EngineDiffers, distrust
+from llmt_prep.hashes import check_unchanged
+from llmt_prep.inputs import InputFile
+from llmt_prep.store import UnitMeta
+from llmt_prep.tokenization import TextSettings, tokenize_unit
+from llmt_prep.tokenizer import LoadedTokenizer, load_tokenizer
+
+_AHEAD_BYTES = 128 << 10
+"""Of one call Linux serves no more than the device's read-ahead window, and drops the rest without a word."""
+_MOST_AHEAD = 64 << 20
+"""Of a file that cannot be cut, only the start: the rest would be gone from memory again before its turn."""
+
+TokenizerArguments = tuple[str, str | None, str | None]
+"""Folder, EOS token and BOS token."""
+
+
+@dataclass(frozen=True)
+class TokenizeTask:
+    """One unit to tokenize; picklable and small."""
+
+    unit: Unit
+    reading: Reading
+    settings: TextSettings
+    tokenizer: TokenizerArguments
+    is_fast: bool
+    """Tokenized by the fast engine, guarded by the reference."""
+    begins_source: bool
+    """Whether the guard looks at its first documents, too."""
+    directory: str
+    file: InputFile
+    """Where the unit lies, as it was when it was hashed."""
+    origin: Origin
+    ahead: tuple[str, int, int] | None
+    """Path and byte range of what the same worker is likely to be given next."""
+
+
+def run_task(task: TokenizeTask) -> UnitMeta:
+    """Tokenize one unit; in any process.
+
+    A unit's name says what its file held when it was hashed: of a file that has changed since, none may appear.
+    """
+    _read_ahead(task.ahead)
+    fast = _fast(task.tokenizer, task.settings.special_tokens_in_text == "keep") if task.is_fast else None
+    try:
+        return tokenize_unit(
+            task.unit,
+            task.reading,
+            loaded(task.tokenizer),
+            task.settings,
+            Path(task.directory),
+            check=partial(check_unchanged, (task.file,)),
+            origin=asdict(task.origin),
+            fast=fast,
+            begins_source=task.begins_source,
+        )
+    except EngineDiffers as difference:
+        distrust(Path(task.tokenizer[0]), difference.engine)
+        raise
+
+
+@lru_cache(maxsize=1)
+def loaded(tokenizer: TokenizerArguments) -> LoadedTokenizer:
+    """Load a tokenizer; once in each process."""
+    folder, eos_token, bos_token = tokenizer
+    return load_tokenizer(folder, None, eos_token, bos_token)
+
+
+@lru_cache(maxsize=1)
+def _fast(tokenizer: TokenizerArguments, keep_control: bool) -> Engine:
+    return fast_engine(loaded(tokenizer), keep_control=keep_control)
+
+
+def _read_ahead(ahead: tuple[str, int, int] | None) -> None:
+    """Ask the system to read a byte range while other work goes on; what it cannot do is left undone."""
+    if ahead is None or not hasattr(os, "posix_fadvise"):
+        return
+    path, start, stop = ahead
+    with suppress(OSError), open(path, "rb") as file:
+        for offset in range(start, min(stop, start + _MOST_AHEAD), _AHEAD_BYTES):
+            os.posix_fadvise(file.fileno(), offset, min(_AHEAD_BYTES, stop - offset), os.POSIX_FADV_WILLNEED)
