@@ -3,9 +3,10 @@
 import errno
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from llmt_shared import durable
 from llmt_shared.errors import ConfigError, Stopped
@@ -29,21 +30,32 @@ def stoppable(way_out: str = RESUME) -> Iterator[None]:
         ConfigError: a place to write to is not this user's, or is read-only.
         Stopped: as above.
     """
-    before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    before: dict[int, Any] = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        try:
+            yield
+        except OSError as error:
+            raise _explained(error, way_out) from None
+        finally:
+            _restore(before)
     except _Signal as stop:
+        _restore(before)  # again: the signal may have come between the two
         raise Stopped(f"by {stop}; {way_out}") from None
-    except OSError as error:
+
+
+def _explained(error: OSError, way_out: str) -> Exception:
+    """What a user can do about an error of the system, or the error itself."""
+    if durable.is_full_disk(error):
         where = f" while writing {error.filename}" if error.filename else ""
-        if durable.is_full_disk(error):
-            raise Stopped(f"no room left on the disk{where} ({error.strerror}); make room; {way_out}") from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise ConfigError(f"{error.filename}: {error.strerror}; choose another `output` or `cache`") from None
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        return Stopped(f"no room left on the disk{where} ({error.strerror}); make room; {way_out}")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return ConfigError(f"{error.filename}: {error.strerror}; choose another `output` or `cache`")
+    return error
+
+
+def _restore(handlers: Mapping[int, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

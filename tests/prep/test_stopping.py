@@ -86,6 +86,23 @@ def test_a_second_sigterm_does_not_disturb_the_first() -> None:
     assert put_away
 
 
+def test_a_signal_at_the_very_end_is_a_stop_too_and_handlers_are_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    really, sent = signal.signal, []
+
+    def restoring(number: int, handler: Any) -> Any:
+        old = really(number, handler)
+        if number == signal.SIGTERM and handler is before[0] and not sent:
+            sent.append(number)
+            signal_to_me(signal.SIGINT)
+        return old
+
+    monkeypatch.setattr(signal, "signal", restoring)
+    with pytest.raises(Stopped):
+        run_stoppable(lambda: None)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
 TWICE = """
 import os, signal
 from llmt_prep.stopping import stoppable
