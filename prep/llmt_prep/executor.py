@@ -213,4 +213,6 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)  # the main thread removes what it was writing
+        time.sleep(_GRACE)
         os._exit(1)
