@@ -49,12 +49,15 @@ class Kill:
 
 @dataclass
 class Report:
-    """What became of all builds; all but the kills should be empty."""
+    """What became of all builds."""
 
     builds: int = 0
     kills: list[Kill] = field(default_factory=list)
     differing: list[str] = field(default_factory=list)
     leftovers: list[str] = field(default_factory=list)
+    """What lies beside a finished dataset."""
+    temporary: list[str] = field(default_factory=list)
+    """What killed processes left in the cache, for `llmt-prep cache prune` to remove."""
     survivors: list[str] = field(default_factory=list)
     """Workers that went on without their main process."""
     failures: list[str] = field(default_factory=list)
@@ -62,7 +65,7 @@ class Report:
 
     @property
     def wrong(self) -> list[str]:
-        """Everything that should not be."""
+        """Everything that should not be; temporary files in a cache may be."""
         return [*self.differing, *self.leftovers, *self.survivors, *self.failures]
 
 
@@ -144,8 +147,9 @@ def kill_one(build: Build, random: Random, seconds: float) -> Kill | None:
     wait_for_a_moment(build, process, random, seconds)
     crew, stage = workers(process.pid), STAGES[build.stage()]
     victim = random.choice([process.pid, random.choice(sorted(crew) or [process.pid])])
-    with suppress(ProcessLookupError):
-        os.kill(victim, signal.SIGKILL)
+    if process.poll() is None:
+        with suppress(ProcessLookupError):
+            os.kill(victim, signal.SIGKILL)
     if code := process.wait():
         return Kill(stage, "main" if victim == process.pid else "worker", code, crew)
     return None
@@ -155,7 +159,7 @@ def wait_for_a_moment(build: Build, process: subprocess.Popen[bytes], random: Ra
     """Wait for a random time, or for a random stage and a little longer."""
     begin, stage = build.stage(), random.randrange(1, len(STAGES))
     if stage <= begin or random.random() < 0.5:
-        deadline = time.monotonic() + random.uniform(0, seconds)
+        deadline = time.monotonic() + random.uniform(0, seconds / 2 if begin else seconds)
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.001)
         return
@@ -175,14 +179,15 @@ def workers(main: int) -> dict[int, str]:
 
 
 def alive(pid: int) -> str | None:
-    """When a process started, where there is one."""
+    """When a process started, where there is one; a zombie is none: it waits for its new parent to take notice."""
     with suppress(OSError):
-        return status(Path("/proc", str(pid)))[19]
+        fields = status(Path("/proc", str(pid)))
+        return None if fields[0] == "Z" else fields[19]
     return None
 
 
 def status(folder: Path) -> list[str]:
-    """Fields of /proc/PID/stat from the third on: 1 is the parent, 19 the time of the start (man 5 proc)."""
+    """Fields of /proc/PID/stat from the state on: 1 is the parent, 19 the time of the start (man 5 proc)."""
     return (folder / "stat").read_text().rpartition(")")[2].split()
 
 
@@ -192,8 +197,8 @@ def compare(build: Build, wanted: dict[str, str], report: Report) -> None:
     if found != wanted:
         names = sorted({name for name, _ in found.items() ^ wanted.items()})
         report.differing.append(f"{build.folder.name}: {', '.join(names[:5])}")
-    beside = [path for path in build.output.parent.iterdir() if path != build.output]
-    report.leftovers += map(str, [*beside, *(build.folder / "cache").rglob("*.tmp")])
+    report.leftovers += [str(path) for path in build.output.parent.iterdir() if path != build.output]
+    report.temporary += map(str, (build.folder / "cache").rglob("*.tmp"))
 
 
 def files_of(dataset: Path) -> dict[str, str]:
@@ -258,7 +263,7 @@ def table(report: Report) -> str:
     lines = ["| stage | main | worker |", "|---|---|---|"]
     lines += [f"| {stage} | {counts[stage, 'main']} | {counts[stage, 'worker']} |" for stage in STAGES]
     lines += ["", f"kills: {len(report.kills)}, builds: {report.builds}"]
-    for name in ("differing", "leftovers", "survivors", "failures"):
+    for name in ("differing", "leftovers", "temporary", "survivors", "failures"):
         lines += [f"{name}: {len(getattr(report, name))}", *(f"  {each}" for each in getattr(report, name))]
     return "\n".join(lines)
 
