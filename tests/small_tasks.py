@@ -37,3 +37,7 @@ def do(what: str, folder: Path) -> None:
         raise DataError("bad record")
     if what == "fail oddly":
         raise UnpicklableError(1, 2)
+
+
+def exhaust(number: int) -> None:
+    raise MemoryError(number)

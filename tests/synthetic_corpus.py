@@ -90,9 +90,15 @@ def write_corpus(folder: Path, sources: Sequence[Sequence[int]], unit_documents:
             part = np.array(lengths[start : start + size], np.int64)
             unit = folder / f"unit-{len(units)}"
             tokens = write_unit(unit, part, text_hashes[done : done + len(part)])
-            units.append(UnitEntry(str(unit), source, f"file-{source}", len(part), tokens, 0, start))
+            units.append(UnitEntry(str(unit), source, f"file-{source}", len(part), tokens, 0, start, CONTENT))
             start, done = start + len(part), done + len(part)
     return Corpus(tuple(units), len(sources))
+
+
+META = (0, 0, "synthetic", "uint16", {})
+"""What ends a synthetic unit's UnitMeta: documents compared, fall-backs, engine, dtype, checksums."""
+
+CONTENT = UnitMeta(0, 0, 0, 0, 0, 0, 0, 0, *META).content
 
 
 def write_unit(unit: Path, lengths: NDArray[Any], text_hashes: NDArray[np.uint64]) -> int:
@@ -105,6 +111,6 @@ def write_unit(unit: Path, lengths: NDArray[Any], text_hashes: NDArray[np.uint64
     (unit / "quarantine.jsonl").touch()
     with (unit / "tokens").open("wb") as file:
         file.truncate(2 * tokens)
-    meta = UnitMeta(documents, documents, 0, 0, 0, tokens, 4 * tokens, documents, 0, 0, "synthetic", "uint16", {})
+    meta = UnitMeta(documents, documents, 0, 0, 0, tokens, 4 * tokens, documents, *META)
     (unit / "meta.json").write_text(json.dumps(asdict(meta)))
     return tokens

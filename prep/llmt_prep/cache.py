@@ -79,9 +79,9 @@ def origin_of(folder: Path) -> Origin | None:
     """Return what a unit was made of; ``None`` where an older version wrote it, or it is gone or damaged."""
     try:
         origin = Origin(**read_origin(folder))
+        return origin if set(origin.facts) >= _FACTS else None
     except TypeError:
         return None
-    return origin if set(origin.facts) >= _FACTS else None
 
 
 def is_cache(cache: Path) -> bool:

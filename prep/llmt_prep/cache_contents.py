@@ -4,12 +4,13 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
 from llmt_prep.cache import Origin, being_pruned, check_is_cache, origin_of, unit_folders
+from llmt_prep.guard import inexact_engines
 from llmt_prep.report import count, escaped, size, table
 from llmt_prep.store import is_abandoned, remove_unit
 from llmt_shared.config import StrictModel, parse_bytes
@@ -220,8 +221,9 @@ def _stored_units(cache: Path) -> Iterator[StoredUnit]:
 def _leftovers(cache: Path) -> Iterator[Path]:
     """Folders and files that were being written when a process ended."""
     for folder in cache.glob("units/*/.*.tmp"):
-        if is_abandoned(folder) or time.time() - folder.stat().st_mtime > _LONGEST_WRITE:
-            yield folder
+        with suppress(FileNotFoundError):  # a run has finished it
+            if is_abandoned(folder) or time.time() - folder.stat().st_mtime > _LONGEST_WRITE:
+                yield folder
     for pattern in ("*.tmp", "tokenizers/**/*.tmp"):
         yield from cache.glob(pattern)
 
@@ -229,7 +231,9 @@ def _leftovers(cache: Path) -> Iterator[Path]:
 def _unneeded_tokenizers(cache: Path, kept: Iterable[StoredUnit]) -> Iterator[Path]:
     origins = (origin_of(unit.path) for unit in kept)
     needed = {origin.facts["tokenizer"][0][:32] for origin in origins if origin}
-    yield from (folder for folder in cache.glob("tokenizers/*") if folder.name not in needed)
+    yield from (
+        folder for folder in cache.glob("tokenizers/*") if folder.name not in needed and not inexact_engines(folder)
+    )
 
 
 def _remove(units: Iterable[StoredUnit], more: Iterable[Path]) -> None:

@@ -1,12 +1,11 @@
 """Which engine tokenizes a run: the fast one where it can be had, is trusted and agrees on the hard cases."""
 
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 from llmt_prep.edge_texts import edge_texts
 from llmt_prep.encoding import encode_each
 from llmt_prep.engines import Engine, EngineRefusal, fast_engine, reference_engine
-from llmt_prep.guard import first_difference, inexact_engines
+from llmt_prep.guard import first_difference
 from llmt_prep.tokenizer import LoadedTokenizer
 from llmt_shared.errors import ConfigError
 
@@ -21,14 +20,14 @@ class Choice(NamedTuple):
     """Why it is the reference; empty for the fast engine."""
 
 
-def choose_engine(wanted: Wanted, tokenizer: LoadedTokenizer, *, keep_control: bool, folder: Path) -> Choice:
+def choose_engine(wanted: Wanted, tokenizer: LoadedTokenizer, *, keep_control: bool, inexact: frozenset[str]) -> Choice:
     """Choose, and try the fast engine on the edge cases before it touches a document.
 
     Args:
         wanted: `auto` takes the reference where the fast engine cannot serve.
         tokenizer: to be served.
         keep_control: the strings of special tokens become these tokens.
-        folder: of the tokenizer in the cache, where inexact engines are remembered.
+        inexact: engines that were found to be wrong for this tokenizer.
 
     Raises:
         ConfigError: the fast engine is asked for and cannot serve.
@@ -37,7 +36,7 @@ def choose_engine(wanted: Wanted, tokenizer: LoadedTokenizer, *, keep_control: b
         return Choice(False, "asked for")
     try:
         fast = fast_engine(tokenizer, keep_control=keep_control)
-        _require_exact(fast, reference_engine(tokenizer, keep_control=keep_control), tokenizer, folder)
+        _require_exact(fast, reference_engine(tokenizer, keep_control=keep_control), tokenizer, inexact)
     except EngineRefusal as refusal:
         if wanted == "fastokens":
             raise ConfigError(f"engine: fastokens: {refusal}; use `engine: auto` or `engine: tokenizers`") from None
@@ -45,8 +44,8 @@ def choose_engine(wanted: Wanted, tokenizer: LoadedTokenizer, *, keep_control: b
     return Choice(True, "")
 
 
-def _require_exact(fast: Engine, reference: Engine, tokenizer: LoadedTokenizer, folder: Path) -> None:
-    if fast.name in inexact_engines(folder):
+def _require_exact(fast: Engine, reference: Engine, tokenizer: LoadedTokenizer, inexact: frozenset[str]) -> None:
+    if fast.name in inexact:
         raise EngineRefusal(f"{fast.name} was found to give other tokens for this tokenizer than {reference.name}")
     encoded = encode_each(edge_texts(tokenizer.control_tokens), fast)  # what it refuses, it refuses aloud
     texts, ids = list(encoded), list(encoded.values())

@@ -74,7 +74,10 @@ def pack(
     from llmt_prep.report import as_json as to_json
     from llmt_prep.stopping import RESUME, START_AGAIN, stoppable
     from llmt_shared.config import load_config
+    from llmt_shared.errors import ConfigError
 
+    if dry_run and explain_cache:
+        raise ConfigError("--dry-run and --explain-cache answer different questions; give one of them")
     config = load_config(mix, MixConfig, overrides or [])
     with stoppable(START_AGAIN if dry_run or explain_cache else RESUME):
         if explain_cache:

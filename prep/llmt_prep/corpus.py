@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from llmt_prep.store import StoreUnit, open_unit, read_column
 from llmt_shared import durable
+from llmt_shared.errors import DataError
 
 
 class Columns(Protocol):
@@ -42,6 +43,8 @@ class UnitEntry:
     """Provenance number of the file's record 0: the records of all files before it."""
     records_before: int
     """Records (lines, rows) of the file that lie before the unit."""
+    content: str
+    """`UnitMeta.content`: a plan made of one content must not be gathered from another."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +103,17 @@ class Corpus:
 
     def open_unit(self, unit: int) -> StoreUnit:
         """Map one unit's files; a bounded number stays open."""
-        return _open(self.units[unit].directory)
+        return _open(self.units[unit].directory, self.units[unit].content)
 
 
 @lru_cache(maxsize=32)  # each of up to four maps costs a file descriptor, of which a process may have only 256
-def _open(directory: str) -> StoreUnit:
-    return open_unit(Path(directory))
+def _open(directory: str, content: str) -> StoreUnit:
+    unit = open_unit(Path(directory))
+    if unit.meta.content != content:
+        raise DataError(
+            f"{directory}: another run made this unit again, with other content; run the same command again"
+        )
+    return unit
 
 
 def close_units() -> None:
@@ -113,9 +121,18 @@ def close_units() -> None:
     _open.cache_clear()
 
 
+def is_saved(corpus: Corpus, path: Path) -> bool:
+    """Whether `save` wrote the same corpus there."""
+    return path.exists() and path.read_text() == _text(corpus)
+
+
 def save(corpus: Corpus, path: Path) -> None:
     """Write what shard tasks in other processes need to find tokens and provenance."""
-    durable.write(path, json.dumps([asdict(unit) for unit in corpus.units]))
+    durable.write(path, _text(corpus))
+
+
+def _text(corpus: Corpus) -> str:
+    return json.dumps([asdict(unit) for unit in corpus.units])
 
 
 def load(path: Path, num_sources: int) -> Corpus:

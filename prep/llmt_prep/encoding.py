@@ -1,4 +1,4 @@
-"""Texts of a batch to the ids that are stored: encoded, guarded, checked for control tokens, with BOS and EOS.
+"""Texts of a batch to ids: encoded, with what fails left out, and with BOS and EOS.
 
 Everything works on the whole batch at once: with a fast engine, a step in Python for each document would cost as much
 as tokenizing does.
@@ -11,8 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from llmt_prep.engines import Encoded, Engine
-from llmt_shared.errors import LlmtError
+from llmt_prep.engines import Encoded, Engine, require_library_error
 
 
 class Result(NamedTuple):
@@ -34,12 +33,12 @@ def encode(texts: Sequence[str], fast: Engine | None, reference: Engine, counts:
         try:
             return Result(fast.encode(texts), {}, fast.name)
         except BaseException as error:
-            _require_library_error(error)
+            require_library_error(error)
             counts["fallbacks"] += 1
     try:
         return Result(reference.encode(texts), {}, reference.name)
     except BaseException as error:
-        _require_library_error(error)
+        require_library_error(error)
         return _one_by_one(texts, reference)
 
 
@@ -100,14 +99,7 @@ def _one_by_one(texts: Sequence[str], engine: Engine) -> Result:
         try:
             encoded.append(engine.encode([text]))
         except BaseException as error:
-            _require_library_error(error)
+            require_library_error(error)
             reasons[number] = f"the tokenizer cannot encode this text: {error}"
             encoded.append(Encoded(np.empty(0, np.uint32), np.zeros(1, np.int64)))
     return Result(Encoded(*(np.concatenate(column) for column in zip(*encoded, strict=True))), reasons, engine.name)
-
-
-def _require_library_error(error: BaseException) -> None:
-    """Raise on what is no failure of a tokenizer's library, which raises bare Exception, or a panic of Rust."""
-    is_panic = type(error).__name__ == "PanicException"  # derives from BaseException, and cannot be imported
-    if isinstance(error, (LlmtError, MemoryError)) or not (isinstance(error, Exception) or is_panic):
-        raise error

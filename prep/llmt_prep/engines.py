@@ -18,10 +18,15 @@ from tokenizers import Tokenizer
 
 from llmt_prep.cutting import find_cuts
 from llmt_prep.tokenizer import BACKEND_FILE, LoadedTokenizer
+from llmt_shared.errors import LlmtError
 
 PIECE_CHARACTERS = 1 << 20
 """A text of more than two such pieces is tokenized piece by piece where that changes no id: `tokenizers` needs some 120
 bytes of memory for each byte of a text."""
+
+LONGEST_WHOLE = 1 << 24
+"""Characters of the longest text, or piece, that is tokenized where its tokenizer shows no place to cut: about 2 GB of
+memory. A longer one is an error of the text, with either engine."""
 
 
 class Encoded(NamedTuple):
@@ -44,6 +49,13 @@ class Engine:
     """With its version, such as `tokenizers 0.23.3`."""
     encode: Encode
     """Raises whatever its library raises, for the whole list."""
+
+
+def require_library_error(error: BaseException) -> None:
+    """Raise what is no failure of a tokenizer's library, which raises bare Exception, or a panic of Rust."""
+    is_panic = type(error).__name__ == "PanicException"  # derives from BaseException, and cannot be imported
+    if isinstance(error, (LlmtError, MemoryError)) or not (isinstance(error, Exception) or is_panic):
+        raise error
 
 
 class EngineRefusal(Exception):  # noqa: N818  a refusal is an answer, not an error
@@ -82,7 +94,8 @@ def fast_engine(tokenizer: LoadedTokenizer, *, keep_control: bool) -> Engine:
         content["model"]["dropout"] = None  # as in the reference: one text, one result
     try:
         backend = FastTokenizer.from_json_str(json.dumps(content))
-    except Exception as error:  # the library raises ValueError and more
+    except BaseException as error:
+        require_library_error(error)
         raise EngineRefusal(f"fastokens does not support this tokenizer: {error}") from None
     return Engine(f"fastokens {version('fastokens')}", _in_pieces(partial(_fast_encode, backend), tokenizer))
 
@@ -102,6 +115,11 @@ def _in_pieces(encode: Encode, tokenizer: LoadedTokenizer) -> Encode:
 
     def encode_long(text: str) -> Encoded:
         borders = [0, *find_cuts(text, PIECE_CHARACTERS, tokenizer.backend), len(text)]
+        if max(end - begin for begin, end in pairwise(borders)) > LONGEST_WHOLE:
+            raise ValueError(
+                f"its {len(text)} characters would take too much memory at once, and this tokenizer shows no place at "
+                f"which they could be cut; wanted at most {LONGEST_WHOLE}"
+            )
         parts = [encode([text[begin:end]]) for begin, end in pairwise(borders)]
         ids = np.concatenate([part.ids for part in parts])
         return Encoded(ids, np.array([len(ids)], np.int64))

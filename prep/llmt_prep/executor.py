@@ -37,6 +37,7 @@ Task = tuple[Any, ...]
 
 _GRACE = 5.0
 """Seconds that a worker has to remove what it was writing, before it is killed."""
+_GO_ON = "nothing is lost: run the same command again to go on, with fewer --workers if the machine was out of memory"
 _TERMINATED = 128 + signal.SIGTERM
 
 
@@ -144,6 +145,8 @@ def _receive(worker: _Worker, function: Callable[..., Any], index: int, task: Ta
         result, error = worker.connection.recv()
     except (EOFError, OSError):
         _fail_dead(worker, function, index, task)
+    if isinstance(error, MemoryError):
+        raise Stopped(f"a worker process had no memory left; {_GO_ON}") from None
     if error is not None:
         raise error
     return result
@@ -152,12 +155,16 @@ def _receive(worker: _Worker, function: Callable[..., Any], index: int, task: Ta
 def _fail_dead(worker: _Worker, function: Callable[..., Any], index: int, task: Task) -> NoReturn:
     worker.process.join(_GRACE)
     code = worker.process.exitcode or 0
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    how = f"was killed by {_name(-code)}" if code < 0 else f"ended with exit code {code}"
     what = textwrap.shorten(repr(task), 300)
-    raise Stopped(
-        f"a worker process {how} in task {index}, {function.__name__}{what}; nothing is lost: run the same command "
-        f"again to go on, with fewer --workers if the machine was out of memory"
-    ) from None
+    raise Stopped(f"a worker process {how} in task {index}, {function.__name__}{what}; {_GO_ON}") from None
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # real-time signals have none
+        return f"signal {number}"
 
 
 @contextmanager

@@ -6,14 +6,13 @@ from pathlib import Path
 
 from llmt_prep.cache import Origin, origin_of, unit_folders
 from llmt_prep.config import MixConfig
-from llmt_prep.ingest import Place, damaged_units
+from llmt_prep.ingest import Place, unusable_units
 from llmt_prep.report import count, escaped, size, table
 from llmt_shared.config import StrictModel
 
 _REASONS_SHOWN = 8
 _REUSED: tuple[str, ...] = ()
 _NEVER_SEEN = ("never seen",)
-_DAMAGED = ("damaged in the cache",)
 _NOT_THERE = ("not tokenized yet, or pruned",)
 
 
@@ -47,15 +46,17 @@ class CacheUse(StrictModel):
     sources: dict[str, SourceUse]
 
 
-def cache_use(config: MixConfig, places: Sequence[Place], cache: Path, workers: int) -> CacheUse:
+def cache_use(
+    config: MixConfig, places: Sequence[Place], cache: Path, inexact: frozenset[str], workers: int
+) -> CacheUse:
     """Compare the units of a mix with those in the cache, which are read to see whether they are sound."""
-    damaged = damaged_units(places, workers)
+    unusable = unusable_units(places, inexact, workers)
     missing = {place.directory: place for place in reversed(places) if not place.directory.exists()}
     stored = _Stored(cache, list(missing.values()))
 
     def why(place: Place) -> tuple[str, ...]:
-        if place.directory in damaged:
-            return _DAMAGED
+        if place.directory in unusable:
+            return (f"the stored unit {unusable[place.directory]}",)
         is_first = missing.get(place.directory) is place  # what comes again later is tokenized by then
         return stored.why_not(place.origin) if is_first else _REUSED
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from llmt_prep.engines import Encode, Encoded
+from llmt_prep.engines import Encode, Encoded, require_library_error
 from llmt_shared import durable
 from llmt_shared.errors import DataError
 from llmt_shared.order import mix
@@ -54,11 +54,9 @@ def first_difference(texts: Sequence[str], found: Sequence[Ids], reference: Enco
     Returns:
         The number of the first text on which they differ, and how; ``None`` where they agree on all.
     """
-    if not texts:
-        return None
-    wanted = reference(texts)
-    pairs = zip(found, np.split(wanted.ids, np.cumsum(wanted.lengths)[:-1]), strict=True)
-    for number, (mine, right) in enumerate(pairs):
+    for number, (mine, right) in enumerate(zip(found, _wanted(texts, reference), strict=True)):
+        if isinstance(right, str):
+            return number, f"it has {len(mine)} tokens, but the reference refuses it: {right}"
         if not np.array_equal(mine, right):
             shorter = min(len(mine), len(right))
             token = int(np.argmax(np.append(mine[:shorter] != right[:shorter], True)))
@@ -101,6 +99,18 @@ def inexact_engines(tokenizer_folder: Path) -> frozenset[str]:
         return frozenset(json.loads((tokenizer_folder / _INEXACT).read_text()))
     except FileNotFoundError:
         return frozenset()
+
+
+def _wanted(texts: Sequence[str], reference: Encode) -> list[Ids | str]:
+    """The reference's ids of each text, or why it has none."""
+    if not texts:
+        return []
+    try:
+        encoded = reference(texts)
+    except BaseException as error:
+        require_library_error(error)
+        return [str(error)] if len(texts) == 1 else [_wanted([text], reference)[0] for text in texts]
+    return list(np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1]))
 
 
 def _shown(ids: Ids, token: int) -> str:

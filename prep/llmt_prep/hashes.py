@@ -160,7 +160,7 @@ def write_index(path: Path, new: Mapping[Job, FileHashes], used: Sequence[FileSt
     for job, hashes in new.items():
         name, stat = _name(job.file), job.file
         old = entries.pop(name, None)
-        cuts = old["units"] if old and _is_of(old, stat) else {}
+        cuts = old["units"] if old and _is_of(old, stat) and old["sha256"] == hashes.sha256 else {}
         cuts = {cut: units for cut, units in cuts.items() if cut != job.cut} | {job.cut: list(hashes.units)}
         entries[name] = Entry(
             bytes=stat.bytes,

@@ -33,7 +33,6 @@ from llmt_shared.errors import DataError
 
 _MANY_BAD = 100
 """Bad records before a share of them may stop a run in the middle."""
-_DAMAGED = "is damaged"
 
 
 @dataclass(frozen=True)
@@ -80,9 +79,9 @@ def tokenize_inputs(
     """
     folder, said = _shelve_tokenizer(cache, tokenizer), config.tokenizer
     places = place_units(config, inputs, tokenizer, known or cache)
-    useless = damaged_units(places, workers) | _distrusted_units(places, inexact_engines(folder))
-    places = _reusable(places, cache, useless)
-    _tokenize_missing(config, inputs, places, (str(folder), said.eos_token, said.bos_token), workers)
+    inexact = inexact_engines(tokenizer_directory(known or cache, tokenizer.digest))
+    places = _reusable(places, cache, unusable_units(places, inexact, workers), inexact)
+    _tokenize_missing(config, inputs, places, (str(folder), said.eos_token, said.bos_token), inexact, workers)
     metas = [open_unit(place.directory).meta for place in places]
     _check_bad(config, inputs, places, metas, np.ones(len(config.sources)))
     return _corpus(inputs.files, places, metas, len(config.sources))
@@ -103,18 +102,27 @@ def place_units(config: MixConfig, inputs: Inputs, tokenizer: LoadedTokenizer, c
     return places
 
 
-def damaged_units(places: Iterable[Place], workers: int) -> dict[Path, str]:
-    """Return the folders of units that are there but not as they were written, and what to say; it reads all units."""
+def unusable_units(places: Iterable[Place], inexact: frozenset[str], workers: int) -> dict[Path, str]:
+    """Return the folders of units that are there but must not be used, and what to say; it reads all units.
+
+    Args:
+        places: where units are.
+        inexact: engines that were found wrong for the tokenizer.
+        workers: processes.
+    """
     there = {place.directory: place.bytes for place in places if place.directory.exists()}
     folders, total = list(there), sum(there.values())
-    damaged: dict[Path, str] = {}
+    unusable: dict[Path, str] = {}
     with stage("check cache", total, "bytes") as advance:
         tasks = [(folder,) for folder in folders]
         for done, is_sound in executor.run(store.is_sound, tasks, workers if total > IN_PROCESS_BYTES else 1):
-            advance(there[folders[done]])
+            folder = folders[done]
+            advance(there[folder])
             if not is_sound:
-                damaged[folders[done]] = _DAMAGED
-    return damaged
+                unusable[folder] = "is damaged"
+            elif inexact and (engine := open_unit(folder).meta.engine) in inexact:
+                unusable[folder] = f"was made by {engine}, which is not exact"
+    return unusable
 
 
 def _settings(config: MixConfig) -> TextSettings:
@@ -134,29 +142,22 @@ def _full_name(file: InputFile) -> str:
     return os.path.abspath(file.path) if file.name == file.path else file.name
 
 
-def _distrusted_units(places: Iterable[Place], inexact: frozenset[str]) -> dict[Path, str]:
-    """Folders of units that were made by an engine that has since been found wrong, and why they are not used."""
-    if not inexact:
-        return {}
-    there = {place.directory for place in places if place.directory.exists()}
-    engines = {folder: open_unit(folder).meta.engine for folder in there}
-    return {folder: f"was made by {name}, which is not exact" for folder, name in engines.items() if name in inexact}
-
-
-def _reusable(places: Sequence[Place], cache: Path, useless: Mapping[Path, str]) -> list[Place]:
+def _reusable(
+    places: Sequence[Place], cache: Path, unusable: Mapping[Path, str], inexact: frozenset[str]
+) -> list[Place]:
     """The places, with what is not there, or cannot be used, in the cache that is written."""
-    for path, reason in sorted(useless.items()):
+    for path, reason in sorted(unusable.items()):
         say(f"{path}: this unit of the cache {reason}; it is tokenized again")
-        is_made_again = reason == _DAMAGED and store.is_sound(path)  # by another run, meanwhile
+        is_made_again = store.is_sound(path) and open_unit(path).meta.engine not in inexact  # by another run, meanwhile
         if path == unit_directory(cache, path.name) and not is_made_again:
             store.remove_unit(path)
             close_units()
-    return [_used_or_moved(place, cache, useless) for place in places]
+    return [_used_or_moved(place, cache, unusable) for place in places]
 
 
-def _used_or_moved(place: Place, cache: Path, useless: Mapping[Path, str]) -> Place:
+def _used_or_moved(place: Place, cache: Path, unusable: Mapping[Path, str]) -> Place:
     own = unit_directory(cache, place.directory.name)
-    if place.directory in useless or not place.directory.exists():
+    if place.directory in unusable or not place.directory.exists():
         return replace(place, directory=own)
     if place.directory == own:
         with suppress(OSError):  # another user's unit is used all the same
@@ -169,20 +170,21 @@ def _tokenize_missing(
     inputs: Inputs,
     places: Sequence[Place],
     tokenizer: TokenizerArguments,
+    inexact: frozenset[str],
     workers: int,
 ) -> None:
     missing = {place.directory: place for place in places if not place.directory.exists()}
     todo = list(missing.values())
     ahead = [*todo[workers:], *[None] * workers]
-    is_fast = bool(todo) and _chosen(config, tokenizer).is_fast
+    is_fast = bool(todo) and _chosen(config, tokenizer, inexact).is_fast
     tasks = [
         (_task(config, inputs.files[place.file], place, after, tokenizer, is_fast),)
         for place, after in zip(todo, ahead, strict=False)
     ]
     sizes = [place.bytes for place in todo]
-    in_all = np.bincount([place.source for place in todo], sizes, len(config.sources))
-    read = np.zeros(len(config.sources))
-    seen: list[tuple[Place, UnitMeta]] = []
+    seen = [(place, open_unit(place.directory).meta) for place in places if place.directory not in missing]
+    in_all = _bytes_by_source(places, len(config.sources))
+    read = _bytes_by_source([place for place, _ in seen], len(config.sources))
     with stage("tokenize", sum(sizes), "bytes") as advance:
         for done, meta in executor.run(run_task, tasks, workers):
             advance(sizes[done])
@@ -193,12 +195,17 @@ def _tokenize_missing(
                 _check_bad(config, inputs, done_places, metas, in_all / np.maximum(read, 1))
 
 
-def _chosen(config: MixConfig, tokenizer: TokenizerArguments) -> Choice:
+def _chosen(config: MixConfig, tokenizer: TokenizerArguments, inexact: frozenset[str]) -> Choice:
     keep_control = config.special_tokens_in_text == "keep"
-    choice = choose_engine(config.engine, loaded(tokenizer), keep_control=keep_control, folder=Path(tokenizer[0]))
+    choice = choose_engine(config.engine, loaded(tokenizer), keep_control=keep_control, inexact=inexact)
     if config.engine == "auto" and not choice.is_fast:
         say(f"engine: tokenizers, because {choice.reason}")
     return choice
+
+
+def _bytes_by_source(places: Sequence[Place], num_sources: int) -> NDArray[np.float64]:
+    sizes = np.array([place.bytes for place in places], np.float64)
+    return np.bincount([place.source for place in places], sizes, num_sources).astype(np.float64)
 
 
 def _task(
@@ -275,6 +282,7 @@ def _corpus(files: Sequence[InputFile], places: Sequence[Place], metas: Sequence
             tokens=meta.tokens,
             file_document=file_document[place.file],
             records_before=before,
+            content=meta.content,
         )
         for place, meta, before in zip(places, metas, records_before, strict=True)
     )

@@ -21,10 +21,11 @@ import numpy as np
 
 from llmt_prep import corpus as corpora
 from llmt_prep import executor, finish, shards, staging
-from llmt_prep.cache import being_read, cache_of, in_use, is_cache
+from llmt_prep.cache import being_read, cache_of, in_use, is_cache, tokenizer_directory
 from llmt_prep.config import MixConfig, resolved
 from llmt_prep.corpus import Corpus
 from llmt_prep.explain import CacheUse, cache_use
+from llmt_prep.guard import inexact_engines
 from llmt_prep.hashes import check_unchanged
 from llmt_prep.ingest import place_units, tokenize_inputs
 from llmt_prep.inputs import Inputs, find_inputs
@@ -95,8 +96,8 @@ def dry_run(config: MixConfig, *, workers: int | None = None, rehash: bool = Fal
     """Plan without writing: tokens are counted in a temporary directory where the cache does not hold them."""
     workers = workers or config.workers or executor.usable_cpus()
     tokenizer, cache = _tokenizer(config), cache_of(config)
-    inputs = find_inputs(config, cache, workers, rehash=rehash, remember=False)
     with being_read(cache), tempfile.TemporaryDirectory(prefix="llmt-dry-run-") as temporary:
+        inputs = find_inputs(config, cache, workers, rehash=rehash, remember=False)
         corpus = tokenize_inputs(config, inputs, tokenizer, Path(temporary), workers, known=cache)
         return describe(config, corpus, select(config, corpus), token_dtype(tokenizer.max_id))
 
@@ -108,9 +109,10 @@ def explain_cache(config: MixConfig, *, workers: int | None = None, rehash: bool
     """
     workers = workers or config.workers or executor.usable_cpus()
     tokenizer, cache = _tokenizer(config), cache_of(config)
-    inputs = find_inputs(config, cache, workers, rehash=rehash, remember=is_cache(cache))
     with being_read(cache):
-        return cache_use(config, place_units(config, inputs, tokenizer, cache), cache, workers)
+        inputs = find_inputs(config, cache, workers, rehash=rehash, remember=is_cache(cache))
+        inexact = inexact_engines(tokenizer_directory(cache, tokenizer.digest))
+        return cache_use(config, place_units(config, inputs, tokenizer, cache), cache, inexact, workers)
 
 
 def units_of(config: MixConfig, *, workers: int | None = None) -> set[str]:
@@ -183,7 +185,9 @@ def _finished(output: Path, recipe: str) -> Built | None:
 
 def _plan_rows(config: MixConfig, directory: Path, corpus: Corpus, selected: Selected) -> list[str]:
     """Write the row plan of each split that has documents; returns their names."""
-    corpora.save(corpus, directory / "corpus.json")
+    if not corpora.is_saved(corpus, directory / "corpus.json"):
+        staging.forget_plan(directory)
+        corpora.save(corpus, directory / "corpus.json")
     windows = windows_of_splits(config, corpus, selected)
     if config.holdout.fraction and "validation" not in windows:
         say(f"no document is held out: {config.holdout.fraction:g} of {corpus.num_documents} documents hit none")
@@ -247,7 +251,7 @@ def _header(config: MixConfig, tokenizer: LoadedTokenizer, recipe: str, totals: 
 
 
 def _run_report(started: str, clock: _Clock, workers: int, tokenizer: LoadedTokenizer, corpus: Corpus) -> str:
-    """What is true of this run only; neither the manifest nor the digest covers it."""
+    """What neither the manifest nor the digest covers; of units, those of earlier runs too, where they were reused."""
     packages = ("numpy", "tokenizers", "fastokens", "pyarrow", "numba")
     metas = [corpus.open_unit(unit).meta for unit in range(len(corpus.units))]
     report = {

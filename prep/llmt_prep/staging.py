@@ -142,12 +142,22 @@ def prepare(output: Path, recipe: str) -> tuple[Path, bool]:
     staging = staging_of(output)
     note = staging / _NOTE
     if note.exists() and json.loads(note.read_text())["recipe"] == recipe:
+        for leftover in staging.rglob("*.tmp"):
+            leftover.unlink()  # of killed processes, which would fill the disk in time
         return staging, True
     if staging.exists():
         _discard(staging)
     staging.mkdir(parents=True)
     durable.write(note, json.dumps({"recipe": recipe}))
     return staging, False
+
+
+def forget_plan(staging: Path) -> None:
+    """Remove what was made of another corpus: the plan, and all that was gathered by it."""
+    (staging / "corpus.json").unlink(missing_ok=True)  # first: without it nothing is gone on with
+    for folder in (staging / "rows", staging / "journal", staging / "data"):
+        if folder.exists():
+            shutil.rmtree(folder)
 
 
 def publish(output: Path) -> None:

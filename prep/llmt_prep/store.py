@@ -69,6 +69,11 @@ class UnitMeta:
     checksums: dict[str, str]
     """xxh3_64 of each of the other files, by name."""
 
+    @property
+    def content(self) -> str:
+        """What tells this unit from one of the same name that another engine or run made."""
+        return str(xxhash.xxh3_64_hexdigest(json.dumps(self.checksums, sort_keys=True).encode()))
+
 
 @dataclass(frozen=True)
 class StoreUnit:
@@ -120,7 +125,7 @@ def open_unit(path: Path) -> StoreUnit:
         sizes = {name: meta.documents * dtype.itemsize for name, dtype in _COLUMNS.items()}
         sizes["tokens"] = meta.tokens * np.dtype(meta.dtype).itemsize
         wrong = [name for name, size in sizes.items() if (path / name).stat().st_size != size]
-    except (OSError, ValueError, TypeError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError) as error:
         raise FormatError(f"{path}: not a unit of the token store: {error}; {_WAY_OUT}") from None
     if wrong:
         raise FormatError(f"{path / wrong[0]}: not of the {sizes[wrong[0]]} bytes that meta.json asks for; {_WAY_OUT}")
@@ -146,7 +151,7 @@ def is_sound(path: Path) -> bool:
     try:
         checksums = open_unit(path).meta.checksums
         return all(_checksum(path / name) == wanted for name, wanted in checksums.items())
-    except (FormatError, OSError):
+    except (FormatError, FileNotFoundError):
         return False
 
 

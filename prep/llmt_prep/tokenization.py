@@ -85,7 +85,7 @@ def tokenize_unit(
             encoded, reasons, engine = encode(batch.texts, fast, reference, counts)
             if fast is not None and engine == fast.name:
                 _guard(unit, batch, encoded, (fast, reference), counts, begins_source)
-            for number, token_id in _control_ids(encoded, find_ids):
+            for number, token_id in _control_ids(encoded, find_ids):  # the last of a text names it
                 reasons[number] = _becomes_control(token_id, tokenizer)
             is_text = np.array([bool(text) and i not in reasons for i, text in enumerate(batch.texts)], np.bool_)
             _write(writer, counts, batch, surrounded(only(encoded, is_text), bos_id, eos_id), reasons)
@@ -164,19 +164,19 @@ def _batches(items: Iterable[Item]) -> Iterator[_Batch]:
     """Group items of about BATCH_BYTES of text; what comes out of a unit does not depend on the grouping."""
     batch, size = _Batch([], [], [], [], [], 0), 0
     for item in items:
+        data = item.text.encode() if isinstance(item, Document) else b""
+        item_size = len(data) + PREVIEW_BYTES  # of an empty text or a bad record, about what keeping it takes
+        if size and size + item_size > BATCH_BYTES:
+            yield batch
+            batch, size = _Batch([], [], [], [], [], 0), 0
+        size += item_size
         if isinstance(item, Document):
-            data = item.text.encode()
-            if size and size + len(data) > BATCH_BYTES:
-                yield batch
-                batch, size = _Batch([], [], [], [], [], 0), 0
             batch.texts.append(item.text)
             batch.records.append(item.record)
             batch.hashes.append(hash_text(data))
             batch.sizes.append(len(data))
-            size += len(data)
         elif isinstance(item, BadRecord):
             batch.bad.append(item)
-            size += PREVIEW_BYTES
         else:
             batch = batch._replace(lines=item.lines)
     yield batch
@@ -212,7 +212,7 @@ def _guard(
 
 
 def _control_ids(encoded: Encoded, find: Callable[[NDArray[np.uint32]], NDArray[np.intp]]) -> Iterator[tuple[int, int]]:
-    """The texts that became control tokens all the same, with one such id of each."""
+    """The texts that became control tokens all the same, with every such id."""
     places = find(encoded.ids)
     yield from zip(text_of_place(encoded, places).tolist(), encoded.ids[places].tolist(), strict=True)
 

@@ -72,7 +72,10 @@ def load_tokenizer(
         ConfigError: nothing there; only files of a slow tokenizer; broken files; a token that does not exist.
     """
     folder, commit = _locate(spec, revision)
-    files = _read_alone(folder) if folder.is_file() else _read_folder(spec, folder)
+    try:
+        files = _read_alone(folder) if folder.is_file() else _read_folder(spec, folder)
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: cannot be read: {error.strerror}; mend it, or the `tokenizer`") from None
     backend = _backend(spec, files[BACKEND_FILE])
     given = {role: token for role, token in (("eos", eos_token), ("bos", bos_token)) if token is not None}
     for role, token in given.items():

@@ -111,3 +111,8 @@ def test_a_run_that_is_not_read_to_its_end_ends_its_workers() -> None:
 def assert_nothing_is_left(folder: Path) -> None:
     assert list(folder.iterdir()) == []
     assert multiprocessing.active_children() == []
+
+
+def test_a_worker_without_memory_stops_the_run_with_its_state() -> None:
+    with pytest.raises(Stopped, match=r"no memory left; nothing is lost: .* fewer --workers"):
+        list(executor.run(small_tasks.exhaust, [(1,), (2,)], 2))

@@ -158,7 +158,7 @@ def test_a_damaged_unit_is_to_tokenize(mix, lines):
     cache = Path(mix["output"]).parent / ".llmt-cache"
     next(unit_folders(cache)).joinpath("tokens").write_bytes(b"")
     found = reasons(mix) + reasons(mix, "plain")
-    assert found == ["damaged in the cache"]
+    assert found == ["the stored unit is damaged"]
 
 
 def test_a_unit_that_comes_twice_is_tokenized_once(mix, lines):

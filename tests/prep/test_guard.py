@@ -64,6 +64,19 @@ def test_the_first_difference_says_which_text_and_token(tokenizer):
     assert first_difference(texts, found, reference.encode) == (1, f"token 0 is {wanted[0] + 1}, wanted {wanted[0]}")
 
 
+def test_a_text_that_only_the_reference_refuses_is_a_difference(tokenizer):
+    """Else one engine would store it and the other put it into quarantine."""
+
+    def refuse(texts):
+        if "two" in texts:
+            raise ValueError("no two")
+        return reference_engine(tokenizer, keep_control=False).encode(texts)
+
+    found = [refuse([text]).ids for text in ("one", "one", "three")]
+    number, how = first_difference(["one", "two", "three"], found, refuse)
+    assert (number, how.rpartition("the reference")[2]) == (1, " refuses it: no two")
+
+
 def test_of_a_long_text_the_beginning_is_compared(tokenizer):
     reference = reference_engine(tokenizer, keep_control=False)
     texts = ["short", "long " * LONGEST]
@@ -132,7 +145,7 @@ def test_a_unit_of_the_fast_engine_has_the_bytes_of_the_reference(tmp_path, toke
 
 
 def choose(wanted, tokenizer, folder):
-    return choose_engine(wanted, tokenizer, keep_control=False, folder=folder)
+    return choose_engine(wanted, tokenizer, keep_control=False, inexact=inexact_engines(folder))
 
 
 def test_auto_takes_the_fast_engine_where_it_serves(tmp_path, tokenizer):

@@ -221,3 +221,15 @@ def test_the_index_is_a_line_and_json(tmp_path):
     head, body = (tmp_path / "index").read_bytes().split(b"\n", 1)
     assert head.startswith(b"llmt hashes 1 ")
     assert json.loads(body)[str(path)]["sha256"] == hash_file(str(path))
+
+
+def test_hashes_of_another_cut_go_when_the_content_changed_unseen(tmp_path):
+    """A file edited in place, with its time put back, is only seen by `--rehash`, which may use another unit size."""
+    path = old(tmp_path / "a.jsonl", b"first\nsecond\n")
+    run(tmp_path / "index", job(path, 6))
+    inode = path.stat().st_ino
+    old(path, b"other\nsecond\n")
+    assert path.stat().st_ino == inode
+    run(tmp_path / "index", job(path, 100), rehash=True)
+    (known,) = run(tmp_path / "index", job(path, 6))
+    assert known == hash_input(job(path, 6))

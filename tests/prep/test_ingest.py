@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmt_prep import choice, documents, ingest, store, tokenization, unit_task
+from llmt_prep import choice, documents, ingest, shards, store, tokenization, unit_task
 from llmt_prep.cache import origin_of
 from llmt_prep.config import MixConfig
 from llmt_prep.corpus import Corpus
 from llmt_prep.engines import Encoded, Engine
-from llmt_prep.guard import EngineDiffers
+from llmt_prep.guard import EngineDiffers, distrust
 from llmt_prep.ingest import tokenize_inputs
 from llmt_prep.inputs import find_inputs
 from llmt_prep.pipeline import build_dataset, dry_run
@@ -340,3 +340,30 @@ def test_the_run_report_tells_engines_and_what_the_guard_compared(mix: dict[str,
 def test_the_dataset_does_not_depend_on_the_engine(mix: dict[str, Any], tmp_path: Path) -> None:
     digests = {build(mix, engine=engine, cache=str(tmp_path / engine)) for engine in ("fastokens", "tokenizers")}
     assert len(digests) == 1
+
+
+def test_a_plan_that_was_made_of_other_units_is_not_gone_on_with(
+    mix: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = build(mix, engine="tokenizers", cache=str(tmp_path / "reference"))
+    config = MixConfig.model_validate(mix | {"output": str(tmp_path / "stopped")})
+    unit_task._fast.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(unit_task, "fast_engine", inexact_engine)
+        patch.setattr(tokenization, "first_difference", lambda *arguments: None)
+        patch.setattr(shards, "finish_split", lambda task: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            build_dataset(config, workers=1)
+    unit_task._fast.cache_clear()
+    (folder,) = (tmp_path / ".llmt-cache" / "tokenizers").iterdir()
+    distrust(folder, "fastokens 0")
+    assert build_dataset(config, workers=1).digest == wanted
+
+
+def test_whether_bad_records_stop_a_run_early_does_not_depend_on_the_cache(mix: dict[str, Any], tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
+    good.write_text('{"text": "x"}\n' * 30_000)
+    bad.write_text('{"text": 5}\n' * 150 + '{"text": "x"}\n' * 3_000)
+    tokenize(mix | {"sources": {"a": {"path": str(good)}}}, tmp_path / "cache")
+    both = mix | {"sources": {"a": {"path": [str(good), str(bad)]}}}
+    assert tokenize(both, tmp_path / "cache").num_documents == 33_000

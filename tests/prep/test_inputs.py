@@ -1,5 +1,6 @@
 """Which files a mix reads, and which it must not."""
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 
 from llmt_prep.config import MixConfig
+from llmt_prep.documents import Reading, find_files
 from llmt_prep.inputs import HASHES, find_inputs
 from llmt_shared.errors import ConfigError
 
@@ -65,3 +67,22 @@ def test_the_bytes_of_a_parquet_file_are_shared_among_its_units(mix: dict[str, A
     assert [unit.span[0] for unit in units] == borders[:-1]
     assert borders[-1] == path.stat().st_size
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("pattern", ["raw", "raw/**/*.jsonl", "raw/*/a.jsonl"])
+def test_a_folder_that_cannot_be_read_is_not_left_out_without_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
+    for name in ("ok", "locked"):
+        (tmp_path / "raw" / name).mkdir(parents=True)
+        (tmp_path / "raw" / name / "a.jsonl").write_text('{"text": "a"}\n')
+    scandir = os.scandir
+
+    def refusing(path: Any = ".") -> Any:  # as for a user who is not root
+        if str(path).endswith("locked"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(ConfigError, match=r"locked: cannot be read: Permission denied; .*leave it out of `path:`"):
+        find_files([str(tmp_path / pattern)], Reading())

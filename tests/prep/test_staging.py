@@ -176,3 +176,13 @@ def test_a_stopped_force_that_is_not_wanted_any_more_leaves_nothing(
         again = build(mix)
         assert (again.is_new, again.digest) == (False, old)
         assert leftovers(Path(mix["output"])) == []
+
+
+def test_what_killed_processes_were_writing_goes_when_the_run_goes_on(tmp_path: Path) -> None:
+    directory, _ = staging.prepare(tmp_path / "out", "recipe")
+    leftover = directory / "data" / "train" / "tokens" / "c" / "0" / "0.123.tmp"
+    leftover.parent.mkdir(parents=True)
+    leftover.write_bytes(b"half")
+    assert staging.prepare(tmp_path / "out", "recipe") == (directory, True)
+    assert not leftover.exists()
+    assert (directory / "recipe.json").exists()

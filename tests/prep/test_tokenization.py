@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from small_tokenizers import EOT, bpe_with_bos, byte_level_bpe, save, unigram, word_piece
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-from llmt_prep import tokenization
+from llmt_prep import engines, tokenization
 from llmt_prep.documents import Reading, Unit, split_into_units
 from llmt_prep.store import StoreUnit, UnitMeta, hash_text, open_unit, read_quarantine
 from llmt_prep.tokenization import TextSettings, hash_content, tokenize_unit, unit_facts, unit_key
@@ -244,6 +244,37 @@ def test_a_document_of_20_mb_is_tokenized(tmp_path):
     unit, meta = make(tmp_path, ["before", text, "behind"], load_tokenizer(str(save(tokenizer, tmp_path / "t"))))
     assert meta.text_bytes == len(text) + 12 > 20_000_000
     assert documents_of(unit) == [[0], [0, 1] * 260_000, [0]]
+
+
+@pytest.mark.parametrize("line", ["{}", '{"text": ""}'])
+def test_records_without_text_do_not_pile_up(tmp_path, tokenizers, monkeypatch, line):
+    batches = []
+    monkeypatch.setattr(tokenization, "BATCH_BYTES", 10_000)
+    monkeypatch.setattr(tokenization, "_write", lambda *arguments: batches.append(arguments[2]))
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"{line}\n" * 1000)
+    tokenize_unit(split_into_units(path, "auto", 1 << 20)[0], Reading(), tokenizers["bpe"], BARE, tmp_path / "unit")
+    assert sum(len(batch.bad) + len(batch.texts) for batch in batches) == 1000
+    assert max(len(batch.bad) + len(batch.texts) for batch in batches) < 100
+
+
+def test_a_long_text_that_cannot_be_cut_is_quarantined_with_either_engine(tmp_path, tokenizers, monkeypatch):
+    monkeypatch.setattr(engines, "PIECE_CHARACTERS", 10)
+    monkeypatch.setattr(engines, "LONGEST_WHOLE", 100)
+    texts = ["words " * 30, "x" * 101, "x" * 100]
+    for fast in (None, engines.fast_engine(tokenizers["bpe"], keep_control=False)):
+        unit = unit_of(tmp_path, texts)
+        directory = tmp_path / ("slow" if fast is None else "fast")
+        meta = tokenize_unit(unit, Reading(), tokenizers["bpe"], BARE, directory, fast=fast)
+        (bad,) = read_quarantine(directory)
+        assert (bad.record, meta.documents) == (1, 2)
+        assert "its 101 characters would take too much memory at once" in bad.reason
+
+
+def unit_of(folder: Path, texts: list[str]) -> Unit:
+    path = folder / "some.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return split_into_units(path, "auto", 1 << 30)[0]
 
 
 # keys

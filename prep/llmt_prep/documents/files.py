@@ -70,7 +70,21 @@ def _match(pattern: str, reading: Reading) -> Iterable[str]:
     return files
 
 
+def _require_readable(folder: str) -> None:
+    """`glob` leaves out what it may not read, and the documents in it would be missing without a word."""
+
+    def refuse(error: OSError) -> None:
+        raise ConfigError(f"{error.filename}: cannot be read: {error.strerror}; mend it, or leave it out of `path:`")
+
+    for _ in os.walk(folder, onerror=refuse):
+        pass
+
+
 def _glob(pattern: str) -> list[str]:
+    if glob.has_magic(os.path.dirname(pattern)):
+        parts = Path(pattern).parts
+        fixed = next(number for number, part in enumerate(parts) if glob.has_magic(part))
+        _require_readable(os.path.join("", *parts[:fixed]) or ".")
     matches = glob.glob(pattern, recursive=True)
     files = [match for match in matches if not os.path.isdir(match)]
     if files:
@@ -88,6 +102,7 @@ def _folder(folder: str, reading: Reading) -> list[str]:
         raise ConfigError(f"{folder}: holds the splits of a saved dataset; point `path:` at one of {options}")
     if _is_saved_dataset(folder):
         return _saved_dataset(folder)
+    _require_readable(folder)
     everything = glob.iglob(os.path.join(glob.escape(folder), "**", "*"), recursive=True)
     # a link that leads nowhere is kept, so that it is noticed when it is opened
     files = [path for path in everything if _wanted(path, reading.reader) and not os.path.isdir(path)]
