@@ -17,7 +17,7 @@ from llmt_prep.engines import Encoded, Engine
 from llmt_prep.guard import EngineDiffers, distrust
 from llmt_prep.ingest import tokenize_inputs
 from llmt_prep.inputs import find_inputs
-from llmt_prep.pipeline import build_dataset, dry_run
+from llmt_prep.pipeline import build_dataset, dry_run, explain_cache
 from llmt_prep.store import is_sound
 from llmt_prep.tokenizer import load_tokenizer
 from llmt_prep.unit_task import TokenizeTask
@@ -367,3 +367,22 @@ def test_whether_bad_records_stop_a_run_early_does_not_depend_on_the_cache(mix: 
     tokenize(mix | {"sources": {"a": {"path": str(good)}}}, tmp_path / "cache")
     both = mix | {"sources": {"a": {"path": [str(good), str(bad)]}}}
     assert tokenize(both, tmp_path / "cache").num_documents == 33_000
+
+
+def test_a_dry_run_and_the_explanation_know_of_an_engine_found_inexact(
+    mix: dict[str, Any], tasks: list[TokenizeTask], tmp_path: Path
+) -> None:
+    config = MixConfig.model_validate(mix | {"cache": str(tmp_path / "cache")})
+    built = build_dataset(config, workers=1)
+    (folder,) = (tmp_path / "cache" / "tokenizers").iterdir()
+    (name,) = json.loads((built.path / "run.json").read_text())["units_by_engine"]
+    distrust(folder, name)
+    use = explain_cache(config, workers=1)
+    assert sum(source.reused.units for source in use.sources.values()) == 0
+    assert {reason.why for source in use.sources.values() for reason in source.reasons} == {
+        (f"the stored unit was made by {name}, which is not exact",)
+    }
+    tasks.clear()
+    dry_run(config, workers=1)
+    assert len(tasks) == 13
+    assert not any(task.is_fast for task in tasks)
