@@ -28,6 +28,10 @@ MAX_CARRIED = 65_536
 that never fit together (all of 0.6 rows) would wait for ever."""
 
 
+_MANY_ITEMS = 300_000
+"""Importing numba takes 0.3 s, as long as packing so many items without it."""
+
+
 class Rows(NamedTuple):
     """Items grouped by row; row r owns ``items[offsets[r] : offsets[r + 1]]``, in the order they were put there.
 
@@ -114,9 +118,11 @@ def pack_windows(
     if not 0 <= carry <= 1:
         raise ValueError(f"carry must lie in 0..1, not {carry}")
     waiting: PackedRows[ItemsT] | None = None
+    num_packed = 0
     for window in windows:
         items = window if waiting is None else _joined([waiting.items, window])
-        offsets, order = best_fit_decreasing(items.length, capacity)
+        num_packed += len(items.length)
+        offsets, order = _best_fit(items.length, capacity, _kernels(num_packed))
         rows = PackedRows(offsets, _taken(items, order))
         is_ready = _is_ready(rows, carry * capacity, max_carried)
         yield take_rows(rows, np.flatnonzero(is_ready))
@@ -137,12 +143,7 @@ def best_fit_decreasing(lengths: NDArray[np.integer], capacity: int) -> Rows:
     Raises:
         ValueError: a length is outside that range.
     """
-    if not 1 <= capacity < 2**31:
-        raise ValueError(f"a row cannot have {capacity} tokens")
-    if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= capacity:
-        raise ValueError(f"items of {lengths.min()} to {lengths.max()} tokens; a row takes 1 to {capacity}")
-    largest = min(capacity, max(1, int(lengths.sum(dtype=np.int64))))  # kernels have tables as large as a row
-    return _assigned(_kernels(), np.ascontiguousarray(lengths, np.int32), largest)
+    return _best_fit(lengths, capacity, _kernels(len(lengths)))
 
 
 def split_documents(lengths: NDArray[np.integer], capacity: int, overflow: Overflow) -> Pieces:
@@ -217,12 +218,24 @@ def _is_ready(rows: PackedRows[ItemsT], enough: float, max_carried: int) -> NDAr
     return is_ready
 
 
-def _kernels() -> ModuleType:
+def _best_fit(lengths: NDArray[np.integer], capacity: int, kernels: ModuleType) -> Rows:
+    if not 1 <= capacity < 2**31:
+        raise ValueError(f"a row cannot have {capacity} tokens")
+    if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= capacity:
+        raise ValueError(f"items of {lengths.min()} to {lengths.max()} tokens; a row takes 1 to {capacity}")
+    largest = min(capacity, max(1, int(lengths.sum(dtype=np.int64))))  # kernels have tables as large as a row
+    return _assigned(kernels, np.ascontiguousarray(lengths, np.int32), largest)
+
+
+def _kernels(num_items: int) -> ModuleType:
+    """The loops to pack so many items with, in all; the rows are the same with either."""
+    from llmt_prep.kernels import best_fit_numpy
+
+    if num_items < _MANY_ITEMS:
+        return best_fit_numpy
     try:
         from llmt_prep.kernels import best_fit
-    except ImportError:  # no numba for this Python yet: the same rows, slower
-        from llmt_prep.kernels import best_fit_numpy
-
+    except ImportError:  # no numba for this Python yet: slower
         return best_fit_numpy
     return best_fit
 

@@ -119,9 +119,9 @@ def test_a_large_corpus_packs_the_same_with_numpy(capacity, monkeypatch):
     rng = np.random.default_rng(7)
     lengths = np.minimum(rng.lognormal(6, 1.5, 20_000).astype(np.int64) + 1, capacity)
     monkeypatch.setattr(best_fit_numpy, "_CHUNK", 4096)
-    compiled = best_fit_decreasing(lengths, capacity)
-    monkeypatch.setattr(packing, "_kernels", lambda: best_fit_numpy)
     plain = best_fit_decreasing(lengths, capacity)
+    monkeypatch.setattr(packing, "_MANY_ITEMS", 0)
+    compiled = best_fit_decreasing(lengths, capacity)
     np.testing.assert_array_equal(compiled.items, plain.items)
     np.testing.assert_array_equal(compiled.offsets, plain.offsets)
     assert len(plain.offsets) - 1 <= 1.001 * -(-lengths.sum() // capacity) + 1
@@ -131,11 +131,24 @@ def test_without_numba_the_rows_come_from_numpy():
     code = (
         "import sys; sys.modules['numba'] = None\n"
         "import numpy as np\n"
+        "from llmt_prep import packing\n"
         "from llmt_prep.packing import best_fit_decreasing\n"
+        "packing._MANY_ITEMS = 0\n"
         "print(best_fit_decreasing(np.array([2, 9, 3, 5, 4]), 9).items.tolist())\n"
         "print('llmt_prep.kernels.best_fit' in sys.modules)"
     )
     assert _python(code) == "[1, 3, 4, 2, 0]\nFalse"
+
+
+def test_few_items_are_packed_without_waiting_for_numba():
+    code = (
+        "import sys, numpy as np\n"
+        "from llmt_prep.packing import pack\n"
+        "lengths = np.arange(1, 100_000) % 100 + 1\n"
+        "print(len(pack(lengths, 128, 'split').items.length), 'numba' in sys.modules)\n"
+        "print(len(pack(np.tile(lengths, 4), 128, 'split').items.length), 'numba' in sys.modules)"
+    )
+    assert _python(code) == "99999 False\n399996 True"
 
 
 def test_importing_packing_loads_no_numba():
