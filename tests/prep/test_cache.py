@@ -125,3 +125,16 @@ def test_a_unit_that_does_not_say_what_it_is_made_of_has_no_origin(tmp_path, con
     if content is not None:
         (tmp_path / "origin.json").write_text(content)
     assert origin_of(tmp_path) is None
+
+
+def test_a_unit_whose_origin_is_garbage_has_none(tmp_path):
+    (tmp_path / "origin.json").write_text(
+        '{"facts": null, "file": "a", "file_sha256": "b", "unit_size": 1, "tokenizer": "t"}'
+    )
+    assert origin_of(tmp_path) is None
+
+
+def test_a_cache_made_for_a_run_that_fails_at_once_is_removed(tmp_path):
+    with pytest.raises(ConfigError), in_use(tmp_path / "cache"):
+        raise ConfigError("no such file")
+    assert not (tmp_path / "cache").exists()

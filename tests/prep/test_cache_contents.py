@@ -24,6 +24,7 @@ from llmt_prep.cache_contents import (
     render_pruned,
 )
 from llmt_prep.config import MixConfig
+from llmt_prep.guard import distrust, inexact_engines
 from llmt_prep.ingest import tokenize_inputs
 from llmt_prep.inputs import find_inputs
 from llmt_prep.pipeline import build_dataset, units_of
@@ -204,3 +205,10 @@ def test_what_is_no_size_is_refused():
     assert parse_size("200GB") == 200 * 10**9
     with pytest.raises(ConfigError, match="--max-size: found '200XB'; wanted a size"):
         parse_size("200XB")
+
+
+def test_pruning_everything_does_not_forget_an_engine_found_inexact(cache: Path) -> None:
+    (folder,) = (cache / "tokenizers").iterdir()
+    distrust(folder, "fastokens 0")
+    assert prune(cache, max_bytes=0).kept_units == 0
+    assert inexact_engines(folder) == {"fastokens 0"}
