@@ -154,7 +154,7 @@ class MixConfig(StrictModel):
     packing: PackingConfig = PackingConfig()
     shard_size: Annotated[Bytes, Field(ge=1)] = 256_000_000
     """Bytes of tokens in one file, about."""
-    unit_size: Annotated[Bytes, Field(ge=1)] = 64_000_000
+    unit_size: Annotated[Bytes, Field(ge=1)] = 16_000_000
     """Bytes of input that one task reads, about. The dataset does not depend on it."""
     cache: UserPath | None = None
     """Directory of tokenized input; by default `.llmt-cache` beside the output. The dataset does not depend on it."""
