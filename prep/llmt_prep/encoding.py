@@ -35,22 +35,31 @@ def encode(texts: Sequence[str], fast: Engine | None, reference: Engine, counts:
         except BaseException as error:
             require_library_error(error)
             counts["fallbacks"] += 1
+    result = encode_what_can_be(texts, reference)
+    reasons = {number: f"the tokenizer cannot encode this text: {reason}" for number, reason in result.reasons.items()}
+    return result._replace(reasons=reasons)
+
+
+def encode_what_can_be(texts: Sequence[str], engine: Engine) -> Result:
+    """Encode with one engine; the reasons are its own words."""
     try:
-        return Result(reference.encode(texts), {}, reference.name)
+        return Result(engine.encode(texts), {}, engine.name)
     except BaseException as error:
         require_library_error(error)
-        return _one_by_one(texts, reference)
+        return _one_by_one(texts, engine)
 
 
 def encode_each(texts: Sequence[str], engine: Engine) -> dict[str, NDArray[np.uint32]]:
     """Return the ids of the texts that an engine can encode."""
-    result = _one_by_one(texts, engine)
-    ends = np.cumsum(result.encoded.lengths)
-    return {
-        text: result.encoded.ids[end - length : end]
-        for number, (text, end, length) in enumerate(zip(texts, ends, result.encoded.lengths, strict=True))
-        if number not in result.reasons
-    }
+    result = encode_what_can_be(texts, engine)
+    pairs = zip(texts, ids_of_texts(result.encoded), strict=True)
+    return {text: ids for number, (text, ids) in enumerate(pairs) if number not in result.reasons}
+
+
+def ids_of_texts(encoded: Encoded) -> list[NDArray[np.uint32]]:
+    """Return the ids of each text by themselves."""
+    ends = np.cumsum(encoded.lengths)
+    return [encoded.ids[end - length : end] for end, length in zip(ends, encoded.lengths, strict=True)]
 
 
 def only(encoded: Encoded, is_wanted: NDArray[np.bool_]) -> Encoded:
@@ -100,6 +109,6 @@ def _one_by_one(texts: Sequence[str], engine: Engine) -> Result:
             encoded.append(engine.encode([text]))
         except BaseException as error:
             require_library_error(error)
-            reasons[number] = f"the tokenizer cannot encode this text: {error}"
+            reasons[number] = str(error)
             encoded.append(Encoded(np.empty(0, np.uint32), np.zeros(1, np.int64)))
     return Result(Encoded(*(np.concatenate(column) for column in zip(*encoded, strict=True))), reasons, engine.name)

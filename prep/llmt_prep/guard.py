@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from llmt_prep.engines import Encode, Encoded, require_library_error
+from llmt_prep.encoding import encode_what_can_be, ids_of_texts
+from llmt_prep.engines import Encode, Encoded, Engine
 from llmt_shared import durable
 from llmt_shared.errors import DataError
 from llmt_shared.order import mix
@@ -54,9 +55,12 @@ def first_difference(texts: Sequence[str], found: Sequence[Ids], reference: Enco
     Returns:
         The number of the first text on which they differ, and how; ``None`` where they agree on all.
     """
-    for number, (mine, right) in enumerate(zip(found, _wanted(texts, reference), strict=True)):
-        if isinstance(right, str):
-            return number, f"it has {len(mine)} tokens, but the reference refuses it: {right}"
+    if not texts:
+        return None
+    wanted = encode_what_can_be(texts, Engine("reference", reference))
+    for number, (mine, right) in enumerate(zip(found, ids_of_texts(wanted.encoded), strict=True)):
+        if number in wanted.reasons:
+            return number, f"it has {len(mine)} tokens, but the reference refuses it: {wanted.reasons[number]}"
         if not np.array_equal(mine, right):
             shorter = min(len(mine), len(right))
             token = int(np.argmax(np.append(mine[:shorter] != right[:shorter], True)))
@@ -75,12 +79,12 @@ def chosen_ids(
         chosen: numbers of texts.
         engine: encodes the beginnings.
     """
-    ends = np.cumsum(encoded.lengths)
+    stored = ids_of_texts(encoded) if chosen else []
     short, ids = [], []
     for number in chosen:
         if len(texts[number]) <= LONGEST:
             short.append(texts[number])
-            ids.append(encoded.ids[ends[number] - encoded.lengths[number] : ends[number]])
+            ids.append(stored[number])
         else:
             short.append(texts[number][:LONGEST])
             ids.append(engine(short[-1:]).ids)
@@ -99,18 +103,6 @@ def inexact_engines(tokenizer_folder: Path) -> frozenset[str]:
         return frozenset(json.loads((tokenizer_folder / _INEXACT).read_text()))
     except FileNotFoundError:
         return frozenset()
-
-
-def _wanted(texts: Sequence[str], reference: Encode) -> list[Ids | str]:
-    """The reference's ids of each text, or why it has none."""
-    if not texts:
-        return []
-    try:
-        encoded = reference(texts)
-    except BaseException as error:
-        require_library_error(error)
-        return [str(error)] if len(texts) == 1 else [_wanted([text], reference)[0] for text in texts]
-    return list(np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1]))
 
 
 def _shown(ids: Ids, token: int) -> str:
