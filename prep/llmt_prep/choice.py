@@ -4,9 +4,9 @@ from typing import Literal, NamedTuple
 
 from llmt_prep.edge_texts import edge_texts
 from llmt_prep.encoding import encode_each
-from llmt_prep.engines import Engine, EngineRefusal, fast_engine, reference_engine
+from llmt_prep.engines import Engine, EngineRefusal, reference_engine
 from llmt_prep.guard import first_difference
-from llmt_prep.tokenizer import LoadedTokenizer
+from llmt_prep.held import Shelved, held_fast_engine, held_tokenizer
 from llmt_shared.errors import ConfigError
 
 Wanted = Literal["auto", "tokenizers", "fastokens"]
@@ -20,12 +20,12 @@ class Choice(NamedTuple):
     """Why it is the reference; empty for the fast engine."""
 
 
-def choose_engine(wanted: Wanted, tokenizer: LoadedTokenizer, *, keep_control: bool, inexact: frozenset[str]) -> Choice:
+def choose_engine(wanted: Wanted, shelved: Shelved, *, keep_control: bool, inexact: frozenset[str]) -> Choice:
     """Choose, and try the fast engine on the edge cases before it touches a document.
 
     Args:
         wanted: `auto` takes the reference where the fast engine cannot serve.
-        tokenizer: to be served.
+        shelved: the tokenizer to be served.
         keep_control: the strings of special tokens become these tokens.
         inexact: engines that were found to be wrong for this tokenizer.
 
@@ -35,8 +35,9 @@ def choose_engine(wanted: Wanted, tokenizer: LoadedTokenizer, *, keep_control: b
     if wanted == "tokenizers":
         return Choice(False, "asked for")
     try:
-        fast = fast_engine(tokenizer, keep_control=keep_control)
-        _require_exact(fast, reference_engine(tokenizer, keep_control=keep_control), tokenizer, inexact)
+        fast = held_fast_engine(shelved, keep_control)
+        reference = reference_engine(held_tokenizer(shelved), keep_control=keep_control)
+        _require_exact(fast, reference, held_tokenizer(shelved).control_tokens, inexact)
     except EngineRefusal as refusal:
         if wanted == "fastokens":
             raise ConfigError(f"engine: fastokens: {refusal}; use `engine: auto` or `engine: tokenizers`") from None
@@ -44,10 +45,10 @@ def choose_engine(wanted: Wanted, tokenizer: LoadedTokenizer, *, keep_control: b
     return Choice(True, "")
 
 
-def _require_exact(fast: Engine, reference: Engine, tokenizer: LoadedTokenizer, inexact: frozenset[str]) -> None:
+def _require_exact(fast: Engine, reference: Engine, control_tokens: tuple[str, ...], inexact: frozenset[str]) -> None:
     if fast.name in inexact:
         raise EngineRefusal(f"{fast.name} was found to give other tokens for this tokenizer than {reference.name}")
-    encoded = encode_each(edge_texts(tokenizer.control_tokens), fast)  # what it refuses, it refuses aloud
+    encoded = encode_each(edge_texts(control_tokens), fast)  # what it refuses, it refuses aloud
     texts, ids = list(encoded), list(encoded.values())
     if difference := first_difference(texts, ids, reference.encode):
         number, how = difference

@@ -183,6 +183,7 @@ def _serve(connection: Connection, function: Callable[..., Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, _end_task)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker is one of as many as there are CPUs
+    os.environ["FASTOKENS_BPE_THREADS"] = "1"  # so here, where each thread would also grow a cache of words of its own
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         try:

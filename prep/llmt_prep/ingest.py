@@ -21,13 +21,14 @@ from llmt_prep.corpus import Corpus, UnitEntry, close_units
 from llmt_prep.documents import Unit
 from llmt_prep.guard import inexact_engines
 from llmt_prep.hashes import IN_PROCESS_BYTES
+from llmt_prep.held import Shelved, hold
 from llmt_prep.inputs import InputFile, Inputs, reading_of
 from llmt_prep.progress import say, stage
 from llmt_prep.report import escaped
 from llmt_prep.store import UnitMeta, open_unit, read_quarantine
 from llmt_prep.tokenization import TextSettings, unit_facts, unit_key
 from llmt_prep.tokenizer import LoadedTokenizer
-from llmt_prep.unit_task import TokenizerArguments, TokenizeTask, loaded, run_task
+from llmt_prep.unit_task import TokenizeTask, run_task
 from llmt_shared import durable
 from llmt_shared.errors import DataError
 
@@ -77,11 +78,11 @@ def tokenize_inputs(
     Raises:
         DataError: more bad records than `max_bad`, damaged input.
     """
-    folder, said = _shelve_tokenizer(cache, tokenizer), config.tokenizer
+    shelved = _shelve_tokenizer(config, cache, tokenizer)
     places = place_units(config, inputs, tokenizer, known or cache)
     inexact = inexact_engines(tokenizer_directory(known or cache, tokenizer.digest))
     places = _reusable(places, cache, unusable_units(places, inexact, workers), inexact)
-    _tokenize_missing(config, inputs, places, (str(folder), said.eos_token, said.bos_token), inexact, workers)
+    _tokenize_missing(config, inputs, places, shelved, inexact, workers)
     metas = [open_unit(place.directory).meta for place in places]
     _check_bad(config, inputs, places, metas, np.ones(len(config.sources)))
     return _corpus(inputs.files, places, metas, len(config.sources))
@@ -129,13 +130,15 @@ def _settings(config: MixConfig) -> TextSettings:
     return TextSettings(special_tokens_in_text=config.special_tokens_in_text, bos=config.bos, eos=config.eos)
 
 
-def _shelve_tokenizer(cache: Path, tokenizer: LoadedTokenizer) -> Path:
+def _shelve_tokenizer(config: MixConfig, cache: Path, tokenizer: LoadedTokenizer) -> Shelved:
     """Put the tokenizer's files where every worker can load them."""
     folder = tokenizer_directory(cache, tokenizer.digest)
     for name, content in tokenizer.files.items():
         if not (folder / name).exists() or (folder / name).read_bytes() != content:
             durable.write(folder / name, content)
-    return folder
+    shelved = Shelved(str(folder), config.tokenizer.eos_token, config.tokenizer.bos_token)
+    hold(shelved, tokenizer)
+    return shelved
 
 
 def _full_name(file: InputFile) -> str:
@@ -169,7 +172,7 @@ def _tokenize_missing(
     config: MixConfig,
     inputs: Inputs,
     places: Sequence[Place],
-    tokenizer: TokenizerArguments,
+    tokenizer: Shelved,
     inexact: frozenset[str],
     workers: int,
 ) -> None:
@@ -195,9 +198,9 @@ def _tokenize_missing(
                 _check_bad(config, inputs, done_places, metas, in_all / np.maximum(read, 1))
 
 
-def _chosen(config: MixConfig, tokenizer: TokenizerArguments, inexact: frozenset[str]) -> Choice:
+def _chosen(config: MixConfig, tokenizer: Shelved, inexact: frozenset[str]) -> Choice:
     keep_control = config.special_tokens_in_text == "keep"
-    choice = choose_engine(config.engine, loaded(tokenizer), keep_control=keep_control, inexact=inexact)
+    choice = choose_engine(config.engine, tokenizer, keep_control=keep_control, inexact=inexact)
     if config.engine == "auto" and not choice.is_fast:
         say(f"engine: tokenizers, because {choice.reason}")
     return choice
@@ -213,7 +216,7 @@ def _task(
     file: InputFile,
     place: Place,
     after: Place | None,
-    tokenizer: TokenizerArguments,
+    tokenizer: Shelved,
     is_fast: bool,
 ) -> TokenizeTask:
     return TokenizeTask(

@@ -76,13 +76,14 @@ def load_tokenizer(
         files = _read_alone(folder) if folder.is_file() else _read_folder(spec, folder)
     except OSError as error:
         raise ConfigError(f"{error.filename}: cannot be read: {error.strerror}; mend it, or the `tokenizer`") from None
+    described = _json(spec, BACKEND_FILE, files[BACKEND_FILE])
     backend = _backend(spec, files[BACKEND_FILE])
     given = {role: token for role, token in (("eos", eos_token), ("bos", bos_token)) if token is not None}
     for role, token in given.items():
         _require_token(spec, backend, role, token)
     files = _with_tokens(spec, files, given)
     ids = {role: backend.token_to_id(name) for role, name in _named_tokens(spec, files).items()}
-    ids["unk"] = _unk_id(spec, files, backend)
+    ids["unk"] = _unk_id(described.get("model") or {}, backend)
     control = _control_tokens(backend, ids)
     vocabulary = backend.get_vocab(with_added_tokens=True)
     return LoadedTokenizer(
@@ -145,7 +146,6 @@ def _read_alone(path: Path) -> dict[str, bytes]:
 
 
 def _backend(spec: str, content: bytes) -> Tokenizer:
-    _json(spec, BACKEND_FILE, content)
     try:
         backend = Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises bare Exception
@@ -173,12 +173,11 @@ def _named_tokens(spec: str, files: Mapping[str, bytes]) -> dict[str, str]:
     return named
 
 
-def _unk_id(spec: str, files: Mapping[str, bytes], backend: Tokenizer) -> int | None:
+def _unk_id(model: Mapping[str, Any], backend: Tokenizer) -> int | None:
     """The id that the model itself gives to what it does not know.
 
     What the configuration calls it does not count: of many byte-level tokenizers, which know every text, it is EOS.
     """
-    model = _json(spec, BACKEND_FILE, files[BACKEND_FILE]).get("model") or {}
     if isinstance(model.get("unk_id"), int):
         return int(model["unk_id"])
     if isinstance(model.get("unk_token"), str):

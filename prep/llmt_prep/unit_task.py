@@ -3,26 +3,22 @@
 import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 from llmt_prep.cache import Origin
 from llmt_prep.documents import Reading, Unit
-from llmt_prep.engines import Engine, fast_engine
 from llmt_prep.guard import EngineDiffers, distrust
 from llmt_prep.hashes import check_unchanged
+from llmt_prep.held import Shelved, held_fast_engine, held_tokenizer
 from llmt_prep.inputs import InputFile
 from llmt_prep.store import UnitMeta
 from llmt_prep.tokenization import TextSettings, tokenize_unit
-from llmt_prep.tokenizer import LoadedTokenizer, load_tokenizer
 
 _AHEAD_BYTES = 128 << 10
 """Of one call Linux serves no more than the device's read-ahead window, and drops the rest without a word."""
 _MOST_AHEAD = 64 << 20
 """Of a file that cannot be cut, only the start: the rest would be gone from memory again before its turn."""
-
-TokenizerArguments = tuple[str, str | None, str | None]
-"""Folder, EOS token and BOS token."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +28,7 @@ class TokenizeTask:
     unit: Unit
     reading: Reading
     settings: TextSettings
-    tokenizer: TokenizerArguments
+    tokenizer: Shelved
     is_fast: bool
     """Tokenized by the fast engine, guarded by the reference."""
     begins_source: bool
@@ -51,12 +47,12 @@ def run_task(task: TokenizeTask) -> UnitMeta:
     A unit's name says what its file held when it was hashed: of a file that has changed since, none may appear.
     """
     _read_ahead(task.ahead)
-    fast = _fast(task.tokenizer, task.settings.special_tokens_in_text == "keep") if task.is_fast else None
+    fast = held_fast_engine(task.tokenizer, task.settings.special_tokens_in_text == "keep") if task.is_fast else None
     try:
         return tokenize_unit(
             task.unit,
             task.reading,
-            loaded(task.tokenizer),
+            held_tokenizer(task.tokenizer),
             task.settings,
             Path(task.directory),
             check=partial(check_unchanged, (task.file,)),
@@ -65,20 +61,8 @@ def run_task(task: TokenizeTask) -> UnitMeta:
             begins_source=task.begins_source,
         )
     except EngineDiffers as difference:
-        distrust(Path(task.tokenizer[0]), difference.engine)
+        distrust(Path(task.tokenizer.folder), difference.engine)
         raise
-
-
-@lru_cache(maxsize=1)
-def loaded(tokenizer: TokenizerArguments) -> LoadedTokenizer:
-    """Load a tokenizer; once in each process."""
-    folder, eos_token, bos_token = tokenizer
-    return load_tokenizer(folder, None, eos_token, bos_token)
-
-
-@lru_cache(maxsize=1)
-def _fast(tokenizer: TokenizerArguments, keep_control: bool) -> Engine:
-    return fast_engine(loaded(tokenizer), keep_control=keep_control)
 
 
 def _read_ahead(ahead: tuple[str, int, int] | None) -> None:

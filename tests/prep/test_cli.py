@@ -88,6 +88,17 @@ def test_no_command_and_no_reader_loads_torch(mix: dict[str, Any], corpus_dir: P
     assert open_dataset(output).sources == ("help", "more", "plain", "parquet", "arrow", "hub")
 
 
+def test_pack_of_lines_loads_no_pandas(mix: dict[str, Any], tmp_path: Path) -> None:
+    path = written(mix, tmp_path / "mix.yaml")
+    code = (
+        "import sys\nfrom llmt_prep.cli import app\n"
+        f"try: app(['pack', '--mix', {str(path)!r}, '--workers', '1'])\n"
+        "except SystemExit: print([name for name in ('pandas', 'numba', 'datasets') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
 def test_pack_prints_its_result_on_stdout_and_the_rest_on_stderr(mix: dict[str, Any], tmp_path: Path) -> None:
     result = run("pack", "--mix", written(mix, tmp_path / "mix.yaml"), "--json", "--workers", "1")
     assert result.returncode == 0

@@ -78,6 +78,11 @@ def test_no_more_workers_start_than_there_are_tasks() -> None:
     assert 1 <= running <= 2
 
 
+@pytest.mark.parametrize(("name", "value"), [("TOKENIZERS_PARALLELISM", "false"), ("FASTOKENS_BPE_THREADS", "1")])
+def test_a_worker_tokenizes_in_one_thread(name: str, value: str) -> None:
+    assert [found for _, found in executor.run(os.getenv, [(name,), (name,)], 2)] == [value, value]
+
+
 def test_a_single_task_needs_no_process() -> None:
     assert list(executor.run(small_tasks.process, [(1,)], 8)) == [(0, os.getpid())]
 

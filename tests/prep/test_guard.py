@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from small_tokenizers import EOT, byte_level_bpe, save, unigram
 
-from llmt_prep import choice, tokenization
+from llmt_prep import held, tokenization
 from llmt_prep.choice import choose_engine
 from llmt_prep.documents import Reading, split_into_units
 from llmt_prep.edge_texts import edge_texts
@@ -21,6 +21,7 @@ from llmt_prep.guard import (
     inexact_engines,
     sampled,
 )
+from llmt_prep.held import Shelved, hold
 from llmt_prep.tokenization import TextSettings, tokenize_unit
 from llmt_prep.tokenizer import load_tokenizer
 from llmt_shared.errors import ConfigError
@@ -145,7 +146,9 @@ def test_a_unit_of_the_fast_engine_has_the_bytes_of_the_reference(tmp_path, toke
 
 
 def choose(wanted, tokenizer, folder):
-    return choose_engine(wanted, tokenizer, keep_control=False, inexact=inexact_engines(folder))
+    shelved = Shelved(str(folder), None, None)
+    hold(shelved, tokenizer)
+    return choose_engine(wanted, shelved, keep_control=False, inexact=inexact_engines(folder))
 
 
 def test_auto_takes_the_fast_engine_where_it_serves(tmp_path, tokenizer):
@@ -165,7 +168,7 @@ def test_auto_takes_the_reference_where_it_does_not(tmp_path):
 
 def test_an_engine_that_differs_on_an_edge_text_is_not_chosen(tmp_path, tokenizer, monkeypatch):
     wrong = wrong_on("don't", reference_engine(tokenizer, keep_control=False))
-    monkeypatch.setattr(choice, "fast_engine", lambda tokenizer, keep_control: wrong)
+    monkeypatch.setattr(held, "fast_engine", lambda tokenizer, keep_control: wrong)
     is_fast, reason = choose("auto", tokenizer, tmp_path)
     assert not is_fast
     assert "gives other tokens" in reason

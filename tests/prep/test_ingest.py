@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmt_prep import choice, documents, ingest, shards, store, tokenization, unit_task
+from llmt_prep import choice, documents, held, ingest, shards, store, tokenization
 from llmt_prep.cache import origin_of
 from llmt_prep.config import MixConfig
 from llmt_prep.corpus import Corpus
@@ -311,20 +311,22 @@ def test_units_of_an_engine_that_was_found_inexact_are_made_again_by_the_referen
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     wanted = build(mix, engine="tokenizers", cache=str(tmp_path / "reference"))
-    unit_task._fast.cache_clear()
-    monkeypatch.setattr(unit_task, "fast_engine", inexact_engine)
+    held.held_fast_engine.cache_clear()
+    monkeypatch.setattr(held, "fast_engine", inexact_engine)
     with monkeypatch.context() as patch:  # as if the engine were right until here
         patch.setattr(tokenization, "first_difference", lambda *arguments: None)
+        patch.setattr(choice, "first_difference", lambda *arguments: None)
         assert build(mix) != wanted
-    with pytest.raises(EngineDiffers, match=r":1: fastokens 0 does not give the tokens of"):
-        build(mix, eos="never")
+    with monkeypatch.context() as patch:
+        patch.setattr(choice, "first_difference", lambda *arguments: None)
+        with pytest.raises(EngineDiffers, match=r":1: fastokens 0 does not give the tokens of"):
+            build(mix, eos="never")
     tasks.clear()
-    monkeypatch.setattr(choice, "fast_engine", inexact_engine)
     assert build(mix) == wanted
     assert len(tasks) == 13
     assert not any(task.is_fast for task in tasks)
     assert "was made by fastokens 0, which is not exact; it is tokenized again" in capsys.readouterr().err
-    unit_task._fast.cache_clear()
+    held.held_fast_engine.cache_clear()
 
 
 @pytest.mark.parametrize("engine", ["auto", "tokenizers"])
@@ -347,14 +349,15 @@ def test_a_plan_that_was_made_of_other_units_is_not_gone_on_with(
 ) -> None:
     wanted = build(mix, engine="tokenizers", cache=str(tmp_path / "reference"))
     config = MixConfig.model_validate(mix | {"output": str(tmp_path / "stopped")})
-    unit_task._fast.cache_clear()
+    held.held_fast_engine.cache_clear()
     with monkeypatch.context() as patch:
-        patch.setattr(unit_task, "fast_engine", inexact_engine)
+        patch.setattr(held, "fast_engine", inexact_engine)
+        patch.setattr(choice, "first_difference", lambda *arguments: None)
         patch.setattr(tokenization, "first_difference", lambda *arguments: None)
         patch.setattr(shards, "finish_split", lambda task: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             build_dataset(config, workers=1)
-    unit_task._fast.cache_clear()
+    held.held_fast_engine.cache_clear()
     (folder,) = (tmp_path / ".llmt-cache" / "tokenizers").iterdir()
     distrust(folder, "fastokens 0")
     assert build_dataset(config, workers=1).digest == wanted
