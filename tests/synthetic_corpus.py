@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from llmt_prep.config import SequenceConfig
 from llmt_prep.corpus import Corpus, UnitEntry
 from llmt_prep.mixture import Source
-from llmt_prep.order import Shuffling, in_order
+from llmt_prep.order import Documents, Shuffling, in_order
 from llmt_prep.packing import landing
 from llmt_prep.store import UnitMeta
 from llmt_prep.survey import LIGHTEST, survey
@@ -40,6 +40,21 @@ class Arrays:
         assert self.hashes is not None, "no hash was to be read"
         return self.hashes[first:last]
 
+    def outlines(self, first: int, last: int) -> NDArray[np.uint32]:
+        return no_outline(last - first)
+
+
+def of_lengths(lengths: NDArray[Any], document: NDArray[Any] | None = None) -> Documents:
+    """Documents whose every token is a target; if not said, the first of a corpus, in order."""
+    addresses = np.cumsum(lengths) - lengths
+    numbers = np.arange(len(lengths)) if document is None else document
+    return Documents(numbers, lengths, addresses, no_outline(len(lengths)))
+
+
+def no_outline(count: int) -> NDArray[np.uint32]:
+    """Of documents whose every token is a target."""
+    return np.broadcast_to(np.uint32(0), (count, 2))
+
 
 def hashes(count: int, seed: int = 0) -> NDArray[np.uint64]:
     return np.random.default_rng(seed).integers(0, 2**64, count, np.uint64)
@@ -57,7 +72,10 @@ def sources_of(
     corpus = Arrays(np.concatenate(lengths), hashes(int(borders[-1])))
     surveys = survey(corpus, borders, sequence, fraction, shuffling.block_tokens)
     corpus.read = 0
-    lands = partial(landing, capacity=sequence.length, overflow=sequence.overflow)
+
+    def lands(documents: Documents) -> NDArray[np.int64]:
+        return landing(documents.length, sequence.length, sequence.overflow)
+
     return corpus, [
         Source(
             name,
@@ -90,7 +108,7 @@ def write_corpus(folder: Path, sources: Sequence[Sequence[int]], unit_documents:
             part = np.array(lengths[start : start + size], np.int64)
             unit = folder / f"unit-{len(units)}"
             tokens = write_unit(unit, part, text_hashes[done : done + len(part)])
-            units.append(UnitEntry(str(unit), source, f"file-{source}", len(part), tokens, 0, start, CONTENT))
+            units.append(UnitEntry(str(unit), source, f"file-{source}", len(part), tokens, 0, start, False, CONTENT))
             start, done = start + len(part), done + len(part)
     return Corpus(tuple(units), len(sources))
 

@@ -88,15 +88,19 @@ class ChunkWriter:
 
 
 class ColumnWriter:
-    """A one-dimensional array that is written as its parts arrive; one chunk is held in memory."""
+    """An array that is written as its parts arrive; one chunk is held in memory.
 
-    def __init__(self, path: Path, length: int, dtype: str) -> None:
+    It has one dimension, or ``width`` columns where that is said.
+    """
+
+    def __init__(self, path: Path, length: int, dtype: str, width: int | None = None) -> None:
         size = max(1, min(length, COLUMN_CHUNK))
-        write_metadata(path, (length,), (size,), np.dtype(dtype))
+        columns = () if width is None else (width,)
+        write_metadata(path, (length, *columns), (size, *columns), np.dtype(dtype))
         self.sha256: dict[Path, str] = {}
         """Of each chunk file so far."""
         self._path, self._length = path, length
-        self._buffer = np.zeros(size, dtype)
+        self._buffer = np.zeros((size, *columns), dtype)
         self._filled = self._written = 0
 
     def add(self, part: NDArray[Any]) -> None:
@@ -117,7 +121,7 @@ class ColumnWriter:
         assert self._written == self._length, f"{self._path}: {self._written} elements, {self._length} promised"
 
     def _write_chunk(self) -> None:
-        path = self._path / "c" / str(len(self.sha256))
+        path = self._path / "c" / "/".join([str(len(self.sha256)), *("0" for _ in self._buffer.shape[1:])])
         self.sha256[path] = write_chunk(path, self._buffer)
         self._written += self._filled
         self._filled = 0

@@ -2,11 +2,11 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
-from llmt_prep.packing import CARRY, WINDOW
+from llmt_prep.packing import CARRY, WINDOW, Overflow
 from llmt_shared.config import Bytes, Count, StrictModel, UserPath, parse_count
 
 
@@ -48,6 +48,17 @@ def _share(value: object) -> object:
     return value
 
 
+Kind = Literal["pretrain", "sft", "preference"]
+Format = Literal[
+    "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "explicit_prompt", "implicit_prompt", "transcript"
+]
+_OVERFLOWS: dict[str, tuple[Overflow, ...]] = {
+    "pretrain": ("split", "truncate", "drop", "error"),
+    "sft": ("drop", "truncate", "error"),
+    "preference": ("drop", "truncate_prompt", "error"),
+}
+"""What `sequence.overflow` may say; first what it says where it is left out."""
+
 Share = Annotated[float, BeforeValidator(_share), Field(ge=0, le=1)]
 
 
@@ -69,8 +80,10 @@ class SequenceConfig(StrictModel):
 
     length: Annotated[Count, AfterValidator(_require_rows_with_targets), Field(lt=2**31)]
     """L: tokens of a row."""
-    overflow: Literal["split", "truncate", "drop", "error"] = "split"
-    """`split` cuts into the fewest pieces, `truncate` keeps the first L tokens, `drop` leaves the document out."""
+    overflow: Overflow = "split"
+    """`split` (text only, and its default) cuts into the fewest pieces; `drop` (the default of chats and pairs) leaves
+    the document out; `truncate` (text and chats) keeps the first L tokens; `truncate_prompt` (pairs) takes equally many
+    tokens from the left of both prompts."""
 
 
 class HoldoutConfig(StrictModel):
@@ -78,6 +91,29 @@ class HoldoutConfig(StrictModel):
 
     fraction: Annotated[Share, Field(lt=1)] = 0.0
     """Share of the documents, such as 0.001 or 0.1%; 0 holds out none."""
+
+
+class ChatConfig(StrictModel):
+    """How conversations become text, and which of it is trained on."""
+
+    template: str = "auto"
+    """`auto` takes the tokenizer's own; the name of a built-in one (such as chatml); a file; or the template itself."""
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    """What the model learns to write: every assistant turn, the last one, or all of the text."""
+    system: str | None = None
+    """A system message for conversations that have none."""
+    system_rate: Share = 1.0
+    """To how many of them it is given; which ones, is a function of their messages."""
+    without_targets: Literal["drop", "error"] = "drop"
+    """What becomes of a conversation with nothing to train on."""
+
+
+class PairsConfig(StrictModel):
+    """What becomes of preference pairs that are well-formed and yet of no use; what is dropped is counted."""
+
+    differing_prompts: Literal["drop", "error"] = "drop"
+    identical_sides: Literal["drop", "error"] = "drop"
+    empty_answer: Literal["drop", "error"] = "drop"
 
 
 class PackingConfig(StrictModel):
@@ -106,6 +142,10 @@ class SourceConfig(StrictModel):
     """`auto` goes by the file's suffix."""
     text_field: str = "text"
     """Field or column that holds the text."""
+    format: Format = "auto"
+    """What the records of a chat or preference source are; `auto` looks at the first of them."""
+    fields: dict[str, str] = Field(default_factory=dict)
+    """Where a record's fields have other names than their format's: wanted name -> name in the record."""
     record: Literal["file", "line", "paragraph"] = "file"
     """What one document is in a plain-text file."""
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
@@ -128,7 +168,7 @@ class SourceConfig(StrictModel):
 class MixConfig(StrictModel):
     """The whole of mix.yaml."""
 
-    kind: Literal["pretrain"] = "pretrain"
+    kind: Kind = "pretrain"
     output: UserPath
     """Directory to make; it is written beside its final name and renamed when finished."""
     tokenizer: Annotated[TokenizerConfig, BeforeValidator(_as_tokenizer)]
@@ -151,6 +191,8 @@ class MixConfig(StrictModel):
     """Records of a source that may be unusable, as a number or a share, before the run stops."""
     max_record_bytes: Annotated[Bytes, Field(ge=1024)] = 134_217_728
     """A larger record (decompressed) is a bad one; a worker needs a few times this much memory for the largest."""
+    chat: ChatConfig = ChatConfig()
+    pairs: PairsConfig = PairsConfig()
     packing: PackingConfig = PackingConfig()
     shard_size: Annotated[Bytes, Field(ge=1)] = 256_000_000
     """Bytes of tokens in one file, about."""
@@ -177,6 +219,36 @@ class MixConfig(StrictModel):
             yield f"sources {', '.join(weighted)} have a weight, so `budget` is needed: such as 20B, or max"
         if given.get("budget") is not None and not weighted:
             yield "`budget` is shared by sources with a weight, and none has one; give weights or no budget"
+        yield from _misplaced(given)
+
+    @field_validator("sequence")
+    @classmethod
+    def _with_overflow(cls, sequence: SequenceConfig, info: ValidationInfo) -> SequenceConfig:
+        """Fill in what the kind does with what is too long, where nothing is said."""
+        if "overflow" in sequence.model_fields_set or "kind" not in info.data:
+            return sequence
+        return sequence.model_copy(update={"overflow": _OVERFLOWS[info.data["kind"]][0]})
+
+
+_OF_TEXT = ("bos", "eos")
+_OF_CHATS = {"chat": ("sft", "preference"), "pairs": ("preference",)}
+
+
+def _misplaced(given: Mapping[str, Any]) -> Iterable[str]:
+    """Settings that this kind of dataset has no use for: ignored, they would mislead."""
+    kind, sequence = given.get("kind", "pretrain"), given.get("sequence")
+    allowed = _OVERFLOWS.get(kind, ())
+    overflow = sequence.get("overflow") if isinstance(sequence, Mapping) else None
+    if allowed and overflow is not None and overflow in get_args(Overflow) and overflow not in allowed:
+        yield f"sequence.overflow: {overflow!r} is not for kind {kind}; wanted one of {', '.join(allowed)}"
+    for key, kinds in _OF_CHATS.items():
+        if key in given and allowed and kind not in kinds:
+            yield f"`{key}` is for kind {' and '.join(kinds)}, and this is {kind}; set `kind`, or remove it"
+    for key in _OF_TEXT:
+        if key in given and kind in ("sft", "preference"):
+            yield f"`{key}` is for kind pretrain: how a conversation begins and ends is its template's; remove it"
+    if kind == "preference" and isinstance(chat := given.get("chat"), Mapping) and "train_on" in chat:
+        yield "`chat.train_on` is for kind sft: of a pair, what follows the prompt is trained on; remove it"
 
 
 def tolerated(max_bad: int | str, records: int) -> float:
@@ -186,7 +258,13 @@ def tolerated(max_bad: int | str, records: int) -> float:
 
 def resolved(config: MixConfig, commits: dict[str, str], tokenizer_commit: str | None) -> dict[str, object]:
     """Return what of the mix the dataset depends on, with hub ids pinned to commits; it is stored with the dataset."""
-    mix = config.model_dump(mode="json", exclude={"output", "workers", "cache", "unit_size", "engine"})
+    unused = {"pretrain": {"chat", "pairs"}, "sft": {"pairs", *_OF_TEXT}, "preference": {*_OF_TEXT}}[config.kind]
+    mix = config.model_dump(mode="json", exclude={"output", "workers", "cache", "unit_size", "engine", *unused})
+    if config.kind == "preference":
+        del mix["chat"]["train_on"]
+    for source in mix["sources"].values():
+        for key in ("format", "fields") if config.kind == "pretrain" else ("text_field",):
+            del source[key]
     if tokenizer_commit:
         mix["tokenizer"]["revision"] = tokenizer_commit
     for name, commit in commits.items():

@@ -28,6 +28,9 @@ class Columns(Protocol):
     def text_hashes(self, first: int, last: int) -> NDArray[np.uint64]:
         """Hash of the raw text of each of the documents ``first`` to ``last``."""
 
+    def outlines(self, first: int, last: int) -> NDArray[np.uint32]:
+        """[n, 2]: `first_target` and `chosen_length` of each (see `Targets`); 0 where every token is a target."""
+
 
 @dataclass(frozen=True)
 class UnitEntry:
@@ -43,6 +46,8 @@ class UnitEntry:
     """Provenance number of the file's record 0: the records of all files before it."""
     records_before: int
     """Records (lines, rows) of the file that lie before the unit."""
+    has_targets: bool
+    """As in `UnitMeta`; alike in all units of a corpus."""
     content: str
     """`UnitMeta.content`: a plan made of one content must not be gathered from another."""
 
@@ -84,6 +89,12 @@ class Corpus:
     def text_hashes(self, first: int, last: int) -> NDArray[np.uint64]:
         """Read the hash of the raw text of each of the documents ``first`` to ``last``: [last - first]."""
         return self._read("text_hash", first, last)
+
+    def outlines(self, first: int, last: int) -> NDArray[np.uint32]:
+        """Read `first_target` and `chosen_length` of the documents: [last - first, 2]; no memory where all are 0."""
+        if not self.units[0].has_targets:
+            return np.broadcast_to(np.uint32(0), (last - first, 2))
+        return np.stack([self._read(column, first, last) for column in ("first_target", "chosen_length")], axis=1)
 
     def _read(self, column: str, first: int, last: int) -> NDArray[Any]:
         parts = []

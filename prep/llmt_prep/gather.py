@@ -67,7 +67,7 @@ def gather(rows: NDArray[np.integer], segments: Segments, corpus: Corpus, kernel
         corpus: where the addresses lead.
         kernels: what `kernels_for` returns.
     """
-    place, used = _places(segments, rows.shape[1])
+    place, used = places(segments, rows.shape[1])
     kernels.clear_tails(rows, used)
     order = np.argsort(segments.address)  # equal addresses are copies of one segment: which is first does not matter
     address, document = segments.address[order], segments.document[order]
@@ -83,8 +83,8 @@ def gather(rows: NDArray[np.integer], segments: Segments, corpus: Corpus, kernel
     return origin
 
 
-def _places(segments: Segments, row_length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Where each segment goes in the flat rows: [S]; tokens of each row: [R]."""
+def places(segments: Segments, row_length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return where each segment goes in the flat rows, [S], and the tokens of each row, [R]."""
     length = segments.length.astype(np.int64)
     first = np.cumsum(segments.per_row) - segments.per_row
     used = np.add.reduceat(length, first)

@@ -285,6 +285,7 @@ def _corpus(files: Sequence[InputFile], places: Sequence[Place], metas: Sequence
             tokens=meta.tokens,
             file_document=file_document[place.file],
             records_before=before,
+            has_targets=meta.has_targets,
             content=meta.content,
         )
         for place, meta, before in zip(places, metas, records_before, strict=True)

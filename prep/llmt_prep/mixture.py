@@ -31,8 +31,8 @@ class Source:
     """Tokens of them that land in rows: those of one epoch."""
     in_order: Callable[[int], Iterator[Documents]]
     """Yields these documents, piece by piece, in the order of an epoch (from 0)."""
-    landing: Callable[[NDArray[np.int64]], NDArray[np.int64]]
-    """How many tokens of documents land in rows, by their lengths."""
+    landing: Callable[[Documents], NDArray[np.int64]]
+    """How many tokens of documents land in rows."""
     weight: float | None = None
     epochs: float | None = None
     tokens: int | None = None
@@ -219,7 +219,7 @@ def _cut(source: Source, wanted: int, epoch: int) -> tuple[int, int]:
     """Documents and tokens of the epoch's beginning that is nearest to ``wanted``; the shorter of two equally near."""
     documents = tokens = 0
     for piece in source.in_order(epoch):
-        ends = tokens + np.cumsum(source.landing(piece.length))
+        ends = tokens + np.cumsum(source.landing(piece))
         crossing = int(np.searchsorted(ends, wanted))
         if crossing < len(ends):
             before, after = int(ends[crossing - 1]) if crossing else tokens, int(ends[crossing])

@@ -29,6 +29,8 @@ class Documents(NamedTuple):
     """[n]; stored tokens."""
     address: NDArray[np.int64]
     """[n]; of the first token."""
+    outline: NDArray[np.uint32]
+    """[n, 2]; as `Columns.outlines` gives it."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class _Group(NamedTuple):
     """[D]"""
     offset: NDArray[np.uint32]
     """[D]; tokens of the block before the document: less than a block weighs."""
+    outline: NDArray[np.uint32]
+    """[D, 2]"""
     order: NDArray[np.uint32]
     """[trainable]; places in the columns above, in the order of the epoch."""
 
@@ -91,20 +95,21 @@ def held_out_in_order(corpus: Columns, num_documents: int, fraction: float) -> I
         ends = address + np.cumsum(lengths)
         kept = np.flatnonzero(held_out_of(corpus, first, last, fraction))
         if kept.size:
-            yield Documents(first + kept, lengths[kept], (ends - lengths)[kept])
+            yield Documents(first + kept, lengths[kept], (ends - lengths)[kept], corpus.outlines(first, last)[kept])
         address = int(ends[-1])
 
 
 def _read_group(
     corpus: Columns, blocks: Blocks, chosen: NDArray[np.int64], fraction: float, keys: tuple[int, ...]
 ) -> _Group:
-    lengths, offsets, trainable = [], [], []
+    lengths, offsets, outlines, trainable = [], [], [], []
     borders = np.zeros(len(chosen) + 1, np.int64)
     np.cumsum(blocks.documents[chosen + 1] - blocks.documents[chosen], out=borders[1:])
     for border, first, last in zip(borders, blocks.documents[chosen], blocks.documents[chosen + 1], strict=False):
         length = corpus.lengths(int(first), int(last))
         lengths.append(length.astype(np.uint32))
         offsets.append((np.cumsum(length) - length).astype(np.uint32))
+        outlines.append(corpus.outlines(int(first), int(last)))
         is_trainable = ~held_out_of(corpus, int(first), int(last), fraction)
         trainable.append((border + np.flatnonzero(is_trainable)).astype(np.uint32))
     places = np.concatenate(trainable)
@@ -114,6 +119,7 @@ def _read_group(
         blocks.tokens[chosen],
         np.concatenate(lengths),
         np.concatenate(offsets),
+        _joined(outlines),
         places[shuffled(len(places), *keys)],
     )
 
@@ -126,7 +132,15 @@ def _pieces(group: _Group) -> Iterator[Documents]:
             document=group.first_document[block] + (places - group.borders[block]),
             length=group.length[places].astype(np.int64),
             address=group.first_token[block] + group.offset[places],
+            outline=group.outline[places],
         )
+
+
+def _joined(outlines: list[NDArray[np.uint32]]) -> NDArray[np.uint32]:
+    """The outlines one after another; those that take no memory still take none."""
+    if all(not any(each.strides) for each in outlines):
+        return np.broadcast_to(np.uint32(0), (sum(map(len, outlines)), 2))
+    return np.concatenate(outlines)
 
 
 def _key_of(name: str) -> int:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from llmt_shared.errors import DataError
 from llmt_shared.order import shuffled
 
-Overflow = Literal["split", "truncate", "drop", "error"]
+Overflow = Literal["split", "truncate", "truncate_prompt", "drop", "error"]
 """What becomes of a document longer than a row."""
 
 WINDOW = 65_536
@@ -146,19 +146,25 @@ def best_fit_decreasing(lengths: NDArray[np.integer], capacity: int) -> Rows:
     return _best_fit(lengths, capacity, _kernels(len(lengths)))
 
 
-def split_documents(lengths: NDArray[np.integer], capacity: int, overflow: Overflow) -> Pieces:
+def split_documents(
+    lengths: NDArray[np.integer],
+    capacity: int,
+    overflow: Overflow,
+    first_target: NDArray[np.integer] | Literal[0] = 0,
+) -> Pieces:
     """Cut documents into as few pieces of at most ``capacity`` tokens as possible, in order; empty ones give none.
 
     Args:
         lengths: [D] tokens.
         capacity: tokens of a row.
         overflow: ``split`` makes full pieces and one remainder, ``truncate`` keeps the first ``capacity`` tokens,
-            ``drop`` leaves the whole document out.
+            ``drop`` leaves the whole document out; the others are as in `landing`.
+        first_target: as in `landing`.
 
     Raises:
         DataError: ``overflow`` is ``error`` and a document is longer than ``capacity``.
     """
-    kept = landing(lengths, capacity, overflow)
+    kept = landing(lengths, capacity, overflow, first_target)
     num_pieces = -(-kept // capacity)
     document = np.repeat(np.arange(len(kept)), num_pieces)
     first_piece = np.cumsum(num_pieces) - num_pieces
@@ -166,8 +172,21 @@ def split_documents(lengths: NDArray[np.integer], capacity: int, overflow: Overf
     return Pieces(document, offset, np.minimum(kept[document] - offset, capacity).astype(np.int32))
 
 
-def landing(lengths: NDArray[np.integer], capacity: int, overflow: Overflow) -> NDArray[np.int64]:
+def landing(
+    lengths: NDArray[np.integer],
+    capacity: int,
+    overflow: Overflow,
+    first_target: NDArray[np.integer] | Literal[0] = 0,
+) -> NDArray[np.int64]:
     """Return how many tokens of each document land in rows: [D].
+
+    Args:
+        lengths: [D] tokens.
+        capacity: tokens of a row.
+        overflow: ``truncate`` keeps the first ``capacity`` tokens, ``truncate_prompt`` takes equally many from the
+            left of both sides of a pair.
+        first_target: [D] tokens before a document's first target. What would keep none of its targets, or no token
+            before them, is dropped.
 
     Raises:
         DataError: ``overflow`` is ``error`` and a document is longer than ``capacity``; the message counts documents
@@ -176,14 +195,17 @@ def landing(lengths: NDArray[np.integer], capacity: int, overflow: Overflow) -> 
     tokens = np.asarray(lengths, np.int64)
     if overflow == "split":
         return tokens
-    if overflow == "truncate":
-        return np.minimum(tokens, capacity)
     is_long = tokens > capacity
+    if overflow == "truncate":
+        return np.where(is_long, np.where(np.less(first_target, capacity), capacity, 0), tokens)
+    if overflow == "truncate_prompt":
+        from_each = -((capacity - tokens) // 2)
+        return np.where(is_long, np.where(from_each < first_target, tokens - 2 * from_each, 0), tokens)
     if overflow == "error" and is_long.any():
         document = int(is_long.argmax())
         raise DataError(
             f"document {document} has {tokens[document]:,} tokens, more than the {capacity:,} of a row; "
-            f"raise sequence.length, or set sequence.overflow to split, truncate or drop"
+            f"raise sequence.length, or set another sequence.overflow"
         )
     return np.where(is_long, 0, tokens)
 

@@ -205,7 +205,7 @@ def _gather(
 ) -> Totals:
     num_rows, length = load_rows(directory / "rows" / split).num_rows, config.sequence.length
     per_shard = shards.rows_per_shard(num_rows, length, dtype.itemsize, config.shard_size)
-    task = SplitTask(str(directory), split, corpus.num_sources, length, per_shard, dtype.name, config.seed)
+    task = SplitTask(str(directory), split, corpus.num_sources, length, per_shard, dtype.name, config.seed, config.kind)
     numbers = range(shards.num_shards(num_rows, per_shard))
     missing = [number for number in numbers if not shards.is_written(task, number)]
     with stage(f"{split} shards", len(missing)) as advance:

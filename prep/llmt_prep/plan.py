@@ -111,7 +111,7 @@ def _sources(selected: Selected) -> dict[str, SourcePlan]:
 def _split(config: MixConfig, windows: Iterator[Documents], itemsize: int) -> SplitPlan:
     length, overflow = config.sequence.length, config.sequence.overflow
     rows = segments = tokens = 0
-    pieces = (split_documents(window.length, length, overflow) for window in windows)
+    pieces = (split_documents(window.length, length, overflow, window.outline[:, 0]) for window in windows)
     for packed in pack_windows(pieces, length, config.packing.carry):
         rows += len(packed.offsets) - 1
         segments += len(packed.items.length)

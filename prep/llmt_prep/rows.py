@@ -46,12 +46,14 @@ class RowPlan:
 
 
 class Segments(NamedTuple):
-    """Parts of documents that fit a row, as they are packed; columns as in `RowPlan`."""
+    """Parts of documents that fit a row, as they are packed; columns as in `RowPlan`, but a pair is one item."""
 
     offset: NDArray[np.uint32]
     length: NDArray[np.int32]
     document: NDArray[np.int64]
     address: NDArray[np.int64]
+    chosen: NDArray[np.int32]
+    """Of a pair, how many of its tokens are of the chosen side; else 0."""
 
 
 def write_rows(
@@ -76,7 +78,7 @@ def write_rows(
         end = 0
         segments = (_cut(window, capacity, overflow, counter) for window in windows)
         for rows in pack_windows(segments, capacity, carry):
-            end = _append(files, rows, end)
+            end = _append(files, _sides(rows), end)
         tallies = counter.totals()
     durable.write(directory / "plan.json", json.dumps([asdict(each) for each in tallies]))
 
@@ -104,18 +106,36 @@ def _map(path: Path, dtype: str) -> NDArray:  # type: ignore[type-arg]
 
 
 def _cut(window: Documents, capacity: int, overflow: Overflow, counter: Counter) -> Segments:
-    pieces = split_documents(window.length, capacity, overflow)
+    first_target, chosen_length = window.outline.T
+    pieces = split_documents(window.length, capacity, overflow, first_target)
     counter.add(window, pieces)
+    chosen = chosen_length[pieces.document].astype(np.int32)
+    missing = window.length[pieces.document] - pieces.length
+    from_each = np.where(chosen > 0, missing // 2, 0)  # of a pair that is too long, tokens of both prompts
+    offset = pieces.offset + from_each
     return Segments(
-        offset=pieces.offset.astype(np.uint32),
+        offset=offset.astype(np.uint32),
         length=pieces.length,
         document=window.document[pieces.document],
-        address=window.address[pieces.document] + pieces.offset,
+        address=window.address[pieces.document] + offset,
+        chosen=(chosen - from_each).astype(np.int32),
     )
 
 
+def _sides(rows: PackedRows[Segments]) -> PackedRows[Segments]:
+    """Make two segments of every pair, its chosen side and then its rejected one."""
+    items = rows.items
+    if not items.chosen.any():
+        return rows
+    both = Segments._make(np.repeat(column, 2) for column in items)
+    both.length[0::2], both.length[1::2] = items.chosen, items.length - items.chosen
+    both.offset[1::2] += (items.chosen + items.offset).astype(np.uint32)  # as much is cut from the one as the other
+    both.address[1::2] += items.chosen + items.offset
+    return PackedRows(2 * rows.offsets, both)
+
+
 def _append(files: dict[str, BinaryIO], rows: PackedRows[Segments], end: int) -> int:
-    for name, values in rows.items._asdict().items():
-        files[name].write(np.ascontiguousarray(values, _COLUMNS[name]).data)
+    for name, dtype in _COLUMNS.items():
+        files[name].write(np.ascontiguousarray(getattr(rows.items, name), dtype).data)
     files["offsets"].write(np.ascontiguousarray(rows.offsets[1:] + end, "<i8").data)
     return end + int(rows.offsets[-1])

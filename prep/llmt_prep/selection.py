@@ -4,8 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
+from numpy.typing import NDArray
+
 from llmt_prep import mixture
-from llmt_prep.config import MixConfig
+from llmt_prep.config import MixConfig, SequenceConfig
 from llmt_prep.corpus import Corpus
 from llmt_prep.mixture import Mixture, Source
 from llmt_prep.order import Documents, Shuffling, held_out_in_order, in_order
@@ -38,7 +41,7 @@ def select(config: MixConfig, corpus: Corpus) -> Selected:
     surveys = survey(corpus, corpus.source_borders, config.sequence, fraction, shuffling.block_tokens)
     if config.sequence.overflow == "error":
         _check_lengths(corpus, surveys, config.sequence.length)
-    lands = partial(landing, capacity=config.sequence.length, overflow=config.sequence.overflow)
+    lands = partial(_landing, config.sequence)
     sources = []
     for (name, said), found in zip(config.sources.items(), surveys, strict=True):
         _check_documents(config, name, found)
@@ -58,6 +61,10 @@ def windows_of_splits(config: MixConfig, corpus: Corpus, selected: Selected) -> 
     return splits
 
 
+def _landing(sequence: SequenceConfig, documents: Documents) -> NDArray[np.int64]:
+    return landing(documents.length, sequence.length, sequence.overflow, documents.outline[:, 0])
+
+
 def _check_lengths(corpus: Corpus, surveys: tuple[SourceSurvey, ...], length: int) -> None:
     """Name the first document that is longer than a row."""
     too_long = sum(found.too_long for found in surveys)
@@ -65,7 +72,7 @@ def _check_lengths(corpus: Corpus, surveys: tuple[SourceSurvey, ...], length: in
         first = next(found.first_too_long for found in surveys if found.too_long)
         raise DataError(
             f"{corpus.place(first)}: {corpus.lengths(first, first + 1)[0]} tokens, but a row has {length}; "
-            f"{too_long} documents are too long; make rows longer, or set sequence.overflow to split, truncate or drop"
+            f"{too_long} documents are too long; make rows longer, or set another sequence.overflow"
         )
 
 

@@ -7,21 +7,27 @@ A shard is made block by block, and memory is bounded by the block: it depends n
 how many segments it has.
 """
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmt_prep import arrays, mapped
 from llmt_prep import corpus as corpora
+from llmt_prep.corpus import Corpus
 from llmt_prep.gather import Origin, Segments, gather, kernels_for
 from llmt_prep.rows import RowPlan, load_rows
+from llmt_prep.spans import spans_of_rows
 from llmt_shared import durable, order
 from llmt_shared.segments import count_targets
+
+if TYPE_CHECKING:
+    from llmt_prep.config import Kind
 
 GROUP = 64
 """Rows are permuted inside groups of this many shards, so that a shard reads only its group's part of the input."""
@@ -34,6 +40,7 @@ BLOCK_ROWS = BLOCK_SEGMENTS = 1 << 18
 """What a block of a shard holds at most, or one row where that is more."""
 
 _DIGEST_BYTES = 32
+_COUNTS_BYTES = 24
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,7 @@ class SplitTask:
     rows_per_shard: int
     dtype: str
     seed: int
+    kind: "Kind"
 
     @property
     def plan_directory(self) -> Path:
@@ -72,19 +80,20 @@ class SplitTask:
         return Path(self.staging) / "journal" / f"{self.split}-{shard:06d}.sidecar"
 
 
-class Sidecar(NamedTuple):
-    """A block's part of the arrays beside `tokens`, in the order of its rows: R rows, S segments."""
+Part = dict[str, NDArray[Any]]
+"""A block's part of the arrays beside `tokens`, by name, in the order of its rows."""
 
-    per_row: NDArray[np.int64]
-    row_targets: NDArray[np.uint32]
-    segment_length: NDArray[np.uint32]
-    segment_offset: NDArray[np.uint32]
-    segment_document: NDArray[np.uint64]
-    segment_source: NDArray[np.uint16]
-
-
-_BY_ROW = {"per_row": "<i8", "row_targets": "<u4"}
+_BY_ROW = {"segments_per_row": "<i8", "row_targets": "<u4"}
 _BY_SEGMENT = {"segment_length": "<u4", "segment_offset": "<u4", "segment_document": "<u8", "segment_source": "<u2"}
+_BY_SPAN = {"span_start": "<u4", "span_length": "<u4"}
+_LAYOUTS: dict[str, tuple[dict[str, str], ...]] = {
+    "pretrain": (_BY_ROW, _BY_SEGMENT, {}),
+    "sft": (_BY_ROW | {"spans_per_row": "<i8"}, _BY_SEGMENT, _BY_SPAN),
+    "preference": (_BY_ROW | {"spans_per_row": "<i8", "row_chosen_targets": "<u4"}, _BY_SEGMENT, _BY_SPAN),
+}
+"""What a side-car holds for each row, each segment and each span."""
+_OFFSETS = {"segments_per_row": "row_offsets", "spans_per_row": "span_offsets"}
+"""Counts of the side-cars that the dataset has as running sums."""
 
 
 class Totals(NamedTuple):
@@ -123,15 +132,17 @@ def write_shard(task: SplitTask, shard: int) -> None:
     buffer = _buffer(_rows_per_block(task), task.length, task.dtype)
     size = task.rows_per_shard * task.length * buffer.itemsize
     with durable.writing(task.sidecar(shard)) as sidecar:
-        sidecar.write(bytes(_DIGEST_BYTES))  # known when all is written
+        sidecar.write(bytes(_DIGEST_BYTES + _COUNTS_BYTES))  # known when all is written
+        counts = np.zeros(3, "<i8")
         with arrays.writing_chunk(task.chunk(shard), size) as chunk:
             for segments in _blocks(task, shard, plan):
                 rows = buffer[: len(segments.per_row)]
                 origin = gather(rows, segments, corpus, kernels)
                 chunk.add(rows)
-                _write_block(sidecar, _sidecar(segments, origin))
+                counts += _write_block(sidecar, _LAYOUTS[task.kind], _part(task, segments, origin, corpus))
         sidecar.seek(0)
         sidecar.write(bytes.fromhex(chunk.sha256()))
+        sidecar.write(counts.data)
 
 
 def finish_split(task: SplitTask) -> Totals:
@@ -142,22 +153,38 @@ def finish_split(task: SplitTask) -> Totals:
     arrays.write_metadata(
         task.data_directory / "tokens", shape, (task.rows_per_shard, task.length), np.dtype(task.dtype)
     )
-    columns = _columns(task, plan.num_rows, len(plan.length))
+    counts = _counts(task, num_shards(plan.num_rows, task.rows_per_shard))
+    columns = _columns(task, counts)
+    ends = dict.fromkeys(_OFFSETS.values() & columns.keys(), 0)
+    for name in ends:
+        columns[name].add(np.zeros(1, np.int64))
+    targets, tokens = 0, np.zeros(task.num_sources, np.int64)
     sha256: dict[Path, str] = {}
-    num_segments = targets = 0
-    tokens = np.zeros(task.num_sources, np.int64)
-    columns["row_offsets"].add(np.zeros(1, np.int64))
-    for block in _sidecars(task, num_shards(plan.num_rows, task.rows_per_shard), sha256):
-        for name in columns.keys() - {"row_offsets"}:
-            columns[name].add(getattr(block, name))
-        columns["row_offsets"].add(num_segments + np.cumsum(block.per_row))
-        num_segments += len(block.segment_length)
-        targets += int(block.row_targets.sum())
-        tokens += np.bincount(block.segment_source, block.segment_length, task.num_sources).astype(np.int64)
+    for part in _sidecars(task, num_shards(plan.num_rows, task.rows_per_shard), sha256):
+        for name, values in part.items():
+            if name in _OFFSETS:
+                offsets = ends[_OFFSETS[name]] + np.cumsum(values)
+                ends[_OFFSETS[name]] = int(offsets[-1])
+                columns[_OFFSETS[name]].add(offsets)
+            else:
+                columns[name].add(values)
+        targets += int(part["row_targets"].sum(dtype=np.int64))
+        tokens += np.bincount(part["segment_source"], part["segment_length"], task.num_sources).astype(np.int64)
+        if task.kind == "preference":
+            _add_pairs(columns, part["segments_per_row"], ends["row_offsets"])
     for column in columns.values():
         column.finish()
         sha256 |= column.sha256
-    return Totals(plan.num_rows, num_segments, int(tokens.sum()), targets, tokens.tolist(), sha256)
+    return Totals(plan.num_rows, int(counts[1]), int(tokens.sum()), targets, tokens.tolist(), sha256)
+
+
+def _add_pairs(columns: dict[str, arrays.ColumnWriter], segments_per_row: NDArray[np.int64], end: int) -> None:
+    """Of rows whose last segment is ``end`` - 1: two successive segments are a pair."""
+    first = end - int(segments_per_row.sum())
+    if first == 0:
+        columns["pair_offsets"].add(np.zeros(1, np.int64))
+    columns["pair_offsets"].add((first + np.cumsum(segments_per_row)) // 2)
+    columns["pair_segments"].add(np.arange(first, end, dtype=np.uint64).reshape(-1, 2))
 
 
 def _rows_per_block(task: SplitTask) -> int:
@@ -198,48 +225,80 @@ def _segments(plan: RowPlan, starts: NDArray[np.int64], per_row: NDArray[np.int6
     return Segments(per_row, *columns)
 
 
-def _sidecar(segments: Segments, origin: Origin) -> Sidecar:
-    row = np.repeat(np.arange(len(segments.per_row)), segments.per_row)
-    targets = np.bincount(row, count_targets(segments.length), len(segments.per_row))
-    return Sidecar(
-        per_row=segments.per_row,
-        row_targets=targets.astype(np.uint32),
-        segment_length=segments.length,
-        segment_offset=segments.offset,
-        segment_document=origin.document,
-        segment_source=origin.source,
-    )
+def _part(task: SplitTask, segments: Segments, origin: Origin, corpus: Corpus) -> Part:
+    part: Part = {
+        "segments_per_row": segments.per_row,
+        "segment_length": segments.length,
+        "segment_offset": segments.offset,
+        "segment_document": origin.document,
+        "segment_source": origin.source,
+    }
+    row, num_rows = np.repeat(np.arange(len(segments.per_row)), segments.per_row), len(segments.per_row)
+    if task.kind == "pretrain":
+        return part | {"row_targets": np.bincount(row, count_targets(segments.length), num_rows)}
+    spans = spans_of_rows(segments, task.length, corpus)
+    row = row[spans.segment]
+    part |= {"spans_per_row": spans.per_row, "span_start": spans.start, "span_length": spans.length}
+    part["row_targets"] = np.bincount(row, spans.length, num_rows)
+    if task.kind == "preference":
+        part["row_chosen_targets"] = np.bincount(row, spans.length * (spans.segment % 2 == 0), num_rows)
+    return part
 
 
-def _write_block(file: BinaryIO, block: Sidecar) -> None:
-    """Append the numbers of rows and segments, then each array; not `np.save`, whose errors hide a full disk."""
-    file.write(np.array([len(block.per_row), len(block.segment_length)], "<i8").data)
-    for name, dtype in (_BY_ROW | _BY_SEGMENT).items():
-        file.write(np.ascontiguousarray(getattr(block, name), dtype).data)
+def _write_block(file: BinaryIO, layout: Sequence[Mapping[str, str]], part: Part) -> NDArray[np.int64]:
+    """Append the numbers of rows, segments and spans, then each array; not `np.save`, whose errors hide a full disk."""
+    counts = np.array([len(part[next(iter(group))]) if group else 0 for group in layout], "<i8")
+    file.write(counts.data)
+    for group in layout:
+        for name, dtype in group.items():
+            file.write(np.ascontiguousarray(part[name].astype(dtype, copy=False)).data)
+    return counts
 
 
-def _read_blocks(file: BinaryIO) -> Iterator[Sidecar]:
-    while header := file.read(16):
-        rows, segments = np.frombuffer(header, "<i8").tolist()
-        counts = dict.fromkeys(_BY_ROW, rows) | dict.fromkeys(_BY_SEGMENT, segments)
-        columns = {name: np.dtype(dtype) for name, dtype in (_BY_ROW | _BY_SEGMENT).items()}
-        yield Sidecar(
-            **{name: np.frombuffer(file.read(counts[name] * dtype.itemsize), dtype) for name, dtype in columns.items()}
-        )
+def _read_blocks(file: BinaryIO, layout: Sequence[Mapping[str, str]]) -> Iterator[Part]:
+    while header := file.read(_COUNTS_BYTES):
+        part: Part = {}
+        for count, group in zip(np.frombuffer(header, "<i8").tolist(), layout, strict=True):
+            for name, dtype in group.items():
+                part[name] = np.frombuffer(file.read(count * np.dtype(dtype).itemsize), dtype)
+        yield part
 
 
-def _sidecars(task: SplitTask, count: int, sha256: dict[Path, str]) -> Iterator[Sidecar]:
+def _counts(task: SplitTask, count: int) -> NDArray[np.int64]:
+    """Rows, segments and spans of all shards."""
+    counts = np.zeros(3, np.int64)
+    for shard in range(count):
+        with task.sidecar(shard).open("rb") as file:
+            counts += np.frombuffer(file.read(_DIGEST_BYTES + _COUNTS_BYTES)[_DIGEST_BYTES:], "<i8")
+    return counts
+
+
+def _sidecars(task: SplitTask, count: int, sha256: dict[Path, str]) -> Iterator[Part]:
     """All blocks of all shards in order; ``sha256`` gets the hash of each shard's chunk."""
     for shard in range(count):
         with task.sidecar(shard).open("rb") as file:
             sha256[task.chunk(shard)] = file.read(_DIGEST_BYTES).hex()
-            yield from _read_blocks(file)
+            file.seek(_COUNTS_BYTES, os.SEEK_CUR)
+            yield from _read_blocks(file, _LAYOUTS[task.kind])
 
 
-def _columns(task: SplitTask, num_rows: int, num_segments: int) -> dict[str, arrays.ColumnWriter]:
-    lengths = {name: (num_segments, dtype) for name, dtype in _BY_SEGMENT.items()}
-    lengths |= {"row_targets": (num_rows, "<u4"), "row_offsets": (num_rows + 1, "<i8")}
-    return {
-        name: arrays.ColumnWriter(task.data_directory / name, length, np.dtype(dtype).name)
-        for name, (length, dtype) in lengths.items()
+def _columns(task: SplitTask, counts: NDArray[np.int64]) -> dict[str, arrays.ColumnWriter]:
+    rows, segments, _ = counts.tolist()
+    sizes = {
+        name: (count, dtype)
+        for count, group in zip(counts.tolist(), _LAYOUTS[task.kind], strict=True)
+        for name, dtype in group.items()
     }
+    for name in _OFFSETS.keys() & sizes.keys():
+        del sizes[name]
+        sizes[_OFFSETS[name]] = (rows + 1, "<i8")
+    if task.kind == "preference":
+        sizes["pair_offsets"] = (rows + 1, "<i8")
+    columns = {
+        name: arrays.ColumnWriter(task.data_directory / name, count, np.dtype(dtype).name)
+        for name, (count, dtype) in sizes.items()
+    }
+    if task.kind == "preference":
+        path = task.data_directory / "pair_segments"
+        columns["pair_segments"] = arrays.ColumnWriter(path, segments // 2, "uint64", width=2)
+    return columns

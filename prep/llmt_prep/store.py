@@ -1,8 +1,8 @@
 """The token store: what one unit of input becomes, a folder of raw arrays that appears whole or not at all.
 
-Its files: `tokens`, `lengths`, `records` and `text_hash` (little-endian; see StoreUnit), `quarantine.jsonl` (bad
-records, one JSON object a line), `origin.json` (what the unit was made of) and `meta.json` (UnitMeta, with a checksum
-of every other file).
+Its files: `tokens`, `lengths`, `records` and `text_hash` (little-endian; see StoreUnit), of chats and pairs those of
+`Targets`, `quarantine.jsonl` (bad records, one JSON object a line), `origin.json` (what the unit was made of) and
+`meta.json` (UnitMeta, with a checksum of every other file).
 """
 
 import errno
@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 import xxhash
@@ -36,15 +36,36 @@ _COLUMNS: dict[str, np.dtype[Any]] = {
     "records": np.dtype("<u4"),
     "text_hash": np.dtype("<u8"),
 }
+_TARGET_COLUMNS: dict[str, np.dtype[Any]] = {
+    "first_target": np.dtype("<u4"),
+    "chosen_length": np.dtype("<u4"),
+    "num_spans": np.dtype("<u4"),
+}
+_SPAN_COLUMNS: dict[str, np.dtype[Any]] = {"span_start": np.dtype("<u4"), "span_length": np.dtype("<u4")}
 _QUARANTINE = "quarantine.jsonl"
 _ORIGIN = "origin.json"
 _META = "meta.json"
 _WAY_OUT = "delete this folder and run the same command again"
 
 
+class Targets(NamedTuple):
+    """What may be trained on of D documents, which have S spans in all."""
+
+    first_target: NDArray[np.integer]
+    """[D]; tokens before the first target: of a pair, of the side that has fewer."""
+    chosen_length: NDArray[np.integer]
+    """[D]; of a pair, whose tokens are those of its chosen side and then of its rejected one; 0 of a conversation."""
+    num_spans: NDArray[np.integer]
+    """[D]"""
+    span_start: NDArray[np.integer]
+    """[S]; counted from the document's first token. Spans ascend, and none holds the first token of a side."""
+    span_length: NDArray[np.integer]
+    """[S]; at least 1."""
+
+
 @dataclass(frozen=True)
 class UnitMeta:
-    """Counts of one unit: ``records = documents + empty + quarantined``."""
+    """Counts of one unit: ``records = documents + empty + quarantined + left out``; see `LEFT_OUT`."""
 
     records: int
     documents: int
@@ -68,11 +89,27 @@ class UnitMeta:
     """uint16 or uint32."""
     checksums: dict[str, str]
     """xxh3_64 of each of the other files, by name."""
+    has_targets: bool = False
+    """Of chats and pairs; else every token is one, and the counts below are 0."""
+    spans: int = 0
+    target_tokens: int = 0
+    turns: int = 0
+    """Messages of the conversations, or of both sides of the pairs."""
+    straddling: int = 0
+    """Targets that begin before their span of the text or end behind it."""
+    without_targets: int = 0
+    differing_prompts: int = 0
+    identical_sides: int = 0
+    empty_answer: int = 0
 
     @property
     def content(self) -> str:
         """What tells this unit from one of the same name that another engine or run made."""
         return str(xxhash.xxh3_64_hexdigest(json.dumps(self.checksums, sort_keys=True).encode()))
+
+
+LEFT_OUT = ("without_targets", "differing_prompts", "identical_sides", "empty_answer")
+"""Counts of records that are well-formed and yet nothing to train on."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +139,17 @@ class StoreUnit:
         """[documents] hash of each raw text."""
         return _map(self.path / "text_hash", _COLUMNS["text_hash"])
 
+    @cached_property
+    def targets(self) -> Targets:
+        """The targets of all documents, mapped."""
+        columns = _TARGET_COLUMNS | _SPAN_COLUMNS
+        return Targets(**{name: _map(self.path / name, dtype) for name, dtype in columns.items()})
+
+    @cached_property
+    def first_span(self) -> NDArray[np.int64]:
+        """[documents + 1]; where each document's spans begin."""
+        return np.concatenate([[0], np.cumsum(self.targets.num_spans, dtype=np.int64)])
+
 
 def hash_text(text: bytes) -> int:
     """Return the 64-bit hash of a UTF-8 text by which duplicates are known and documents held out."""
@@ -123,6 +171,9 @@ def open_unit(path: Path) -> StoreUnit:
         content = json.loads((path / _META).read_text("utf-8"))
         meta = UnitMeta(**content)
         sizes = {name: meta.documents * dtype.itemsize for name, dtype in _COLUMNS.items()}
+        if meta.has_targets:
+            sizes |= {name: meta.documents * dtype.itemsize for name, dtype in _TARGET_COLUMNS.items()}
+            sizes |= {name: meta.spans * dtype.itemsize for name, dtype in _SPAN_COLUMNS.items()}
         sizes["tokens"] = meta.tokens * np.dtype(meta.dtype).itemsize
         wrong = [name for name, size in sizes.items() if (path / name).stat().st_size != size]
     except (FileNotFoundError, NotADirectoryError, ValueError, TypeError) as error:
@@ -133,12 +184,12 @@ def open_unit(path: Path) -> StoreUnit:
 
 
 def read_column(path: Path, name: str, first: int, count: int) -> NDArray[Any]:
-    """Read ``count`` documents' part of a unit's `lengths`, `records` or `text_hash`.
+    """Read ``count`` documents' part of a unit's `lengths`, `records`, `text_hash` or columns of `Targets`.
 
     Raises:
         FormatError: the file ends before.
     """
-    out = np.empty(count, _COLUMNS[name])
+    out = np.empty(count, (_COLUMNS | _TARGET_COLUMNS)[name])
     with (path / name).open("rb") as file:
         file.seek(first * out.itemsize)
         if file.readinto(out.data) != out.nbytes:
@@ -175,9 +226,10 @@ def read_quarantine(path: Path) -> "Iterator[BadRecord]":
 class UnitWriter:
     """Files of a unit that is being written; `writing_unit` gives one."""
 
-    def __init__(self, directory: Path, dtype: np.dtype[Any], origin: Mapping[str, Any]) -> None:
+    def __init__(self, directory: Path, dtype: np.dtype[Any], origin: Mapping[str, Any], has_targets: bool) -> None:
         self.meta: UnitMeta | None = None
-        self._dtypes = {"tokens": dtype, **_COLUMNS}
+        self._has_targets = has_targets
+        self._dtypes = {"tokens": dtype, **_COLUMNS, **(_TARGET_COLUMNS | _SPAN_COLUMNS if has_targets else {})}
         self._files: dict[str, BinaryIO] = {
             name: (directory / name).open("wb") for name in [*self._dtypes, _QUARANTINE, _ORIGIN, _META]
         }
@@ -190,14 +242,11 @@ class UnitWriter:
         lengths: NDArray[Any],
         records: Sequence[int] | NDArray[Any],
         text_hashes: Sequence[int] | NDArray[Any],
+        targets: Targets | None = None,
     ) -> None:
         """Append documents: the ids of all of them one after another, and each one's length, record and text hash."""
-        for name, values in (
-            ("tokens", tokens),
-            ("lengths", lengths),
-            ("records", records),
-            ("text_hash", text_hashes),
-        ):
+        columns = {"tokens": tokens, "lengths": lengths, "records": records, "text_hash": text_hashes}
+        for name, values in (columns | (targets._asdict() if targets else {})).items():
             self._write(name, np.ascontiguousarray(values, self._dtypes[name]).data)
 
     def quarantine(self, bad: "BadRecord") -> None:
@@ -207,7 +256,8 @@ class UnitWriter:
     def finish(self, counts: Mapping[str, int], engine: str) -> UnitMeta:
         """Say what the unit holds and what tokenized it; the last call, without which the unit never appears."""
         checksums = {name: state.hexdigest() for name, state in self._hashes.items()}
-        self.meta = UnitMeta(**counts, engine=engine, dtype=self._dtypes["tokens"].name, checksums=checksums)
+        dtype = self._dtypes["tokens"].name
+        self.meta = UnitMeta(**counts, engine=engine, dtype=dtype, checksums=checksums, has_targets=self._has_targets)
         self._files[_META].write(json.dumps(asdict(self.meta), indent=1).encode() + b"\n")
         return self.meta
 
@@ -225,7 +275,9 @@ class UnitWriter:
 
 
 @contextmanager
-def writing_unit(path: Path, dtype: np.dtype[Any], origin: Mapping[str, Any] | None = None) -> Iterator[UnitWriter]:
+def writing_unit(
+    path: Path, dtype: np.dtype[Any], origin: Mapping[str, Any] | None = None, *, has_targets: bool = False
+) -> Iterator[UnitWriter]:
     """Write a unit; the folder appears under its name when the block ends well, complete and on the disk.
 
     Where another process has made the same unit meanwhile, that one stays: its content is the same.
@@ -235,7 +287,7 @@ def writing_unit(path: Path, dtype: np.dtype[Any], origin: Mapping[str, Any] | N
     temporary = _temporary(path)
     try:
         temporary.mkdir()
-        writer = UnitWriter(temporary, dtype, origin or {})
+        writer = UnitWriter(temporary, dtype, origin or {}, has_targets)
         try:
             yield writer
         finally:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from llmt_prep.config import SequenceConfig
 from llmt_prep.corpus import Columns
 from llmt_prep.holdout import held_out_of
-from llmt_prep.packing import landing
+from llmt_prep.packing import Overflow, landing
 
 PIECE = 1 << 18
 """Documents that are read at once; nothing depends on it but speed and memory."""
@@ -97,7 +97,8 @@ def _survey_source(
         lengths = corpus.lengths(start, end)
         if first_too_long < 0 and lengths.max() > sequence.length:
             first_too_long = start + int((lengths > sequence.length).argmax())
-        totals += _totals(lengths, held_out_of(corpus, start, end, fraction), sequence)
+        first_target = corpus.outlines(start, end)[:, 0]
+        totals += _totals(lengths, first_target, held_out_of(corpus, start, end, fraction), sequence)
         starts, place = _block_starts(lengths, place, block_tokens)
         borders.append(starts)
     borders.append(np.array([[place.document], [place.address]]))
@@ -114,9 +115,15 @@ def _survey_source(
     )
 
 
-def _totals(lengths: NDArray[np.int64], is_held_out: NDArray[np.bool_], sequence: SequenceConfig) -> list[int]:
+def _totals(
+    lengths: NDArray[np.int64],
+    first_target: NDArray[np.uint32],
+    is_held_out: NDArray[np.bool_],
+    sequence: SequenceConfig,
+) -> list[int]:
     """Tokens; held-out documents and their tokens; tokens available; documents that are too long."""
-    lands = landing(lengths, sequence.length, "split" if sequence.overflow == "error" else sequence.overflow)
+    overflow: Overflow = "split" if sequence.overflow == "error" else sequence.overflow
+    lands = landing(lengths, sequence.length, overflow, first_target)
     return [
         lengths.sum(),
         is_held_out.sum(),

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from llmt_prep import documents
 from llmt_prep.control import control_id_finder, control_string_finder
-from llmt_prep.documents import PREVIEW_BYTES, BadRecord, Document, Item, Reading, Unit, compression, shown
+from llmt_prep.documents import PREVIEW_BYTES, BadRecord, Document, End, Item, Reading, Unit, compression, shown
 from llmt_prep.encoding import encode, only, surrounded, text_of_place
 from llmt_prep.engines import Encoded, Engine, reference_engine
 from llmt_prep.guard import FIRST_BYTES, EngineDiffers, chosen_ids, first_difference, sampled
@@ -178,6 +178,7 @@ def _batches(items: Iterable[Item]) -> Iterator[_Batch]:
         elif isinstance(item, BadRecord):
             batch.bad.append(item)
         else:
+            assert isinstance(item, End), "text is read as documents"
             batch = batch._replace(lines=item.lines)
     yield batch
 

@@ -51,7 +51,7 @@ def _placed(source: Source, selection: Selection) -> Iterator[_Placed]:
     for epoch in range(selection.whole_epochs + (selection.extra_documents > 0)):
         for piece in source.in_order(epoch):
             documents = _part(piece, 0, left)
-            lands = source.landing(documents.length)
+            lands = source.landing(documents)
             ends = before + np.cumsum(lands)
             yield _Placed(documents, (2 * ends - lands) / (2 * selection.got))
             before, left = int(ends[-1]), left - len(lands)
@@ -70,7 +70,7 @@ def _merged(streams: Sequence[Iterator[_Placed]]) -> Iterator[Documents]:
             parts.append(_cut(piece, 0, end))
             waiting[number] = _cut(piece, end, len(piece.place))
         order = np.argsort(np.concatenate([part.place for part in parts]), kind="stable")
-        yield Documents(*(column[order] for column in _joined([part.documents for part in parts])))
+        yield Documents._make(column[order] for column in _joined([part.documents for part in parts]))
         following = next(streams[shortest], None)
         if following is None:
             del waiting[shortest]
@@ -87,4 +87,4 @@ def _joined(parts: Sequence[Documents]) -> Documents:
 
 
 def _part(documents: Documents, start: int, end: int) -> Documents:
-    return Documents(*(column[start:end] for column in documents))
+    return Documents._make(column[start:end] for column in documents)

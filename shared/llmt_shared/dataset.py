@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from llmt_shared.errors import FormatError
 from llmt_shared.manifest import Manifest, read_manifest, wrong_files
-from llmt_shared.segments import expand
+from llmt_shared.segments import Spans, expand
 
 CODECS = [
     {"name": "bytes", "configuration": {"endian": "little"}},
@@ -52,6 +52,19 @@ class Row(NamedTuple):
     labels: NDArray[np.int64]
     """[L]; the next token inside the segment, else -100."""
     segments: SegmentTable
+    spans: Spans | None
+    """Runs of targets in the row, of chats and pairs; ``None``: every token is one."""
+
+
+class PairTable(NamedTuple):
+    """The preference pairs of some rows, row by row; P of them."""
+
+    per_row: NDArray[np.int64]
+    """[R] pairs of each row."""
+    segments: NDArray[np.int64]
+    """[P, 2] chosen and rejected segment, counted through all segments of these rows."""
+    chosen_targets: NDArray[np.uint32]
+    """[R] targets on the chosen sides of each row."""
 
 
 class ChunkedArray:
@@ -100,21 +113,23 @@ class ChunkedArray:
 class Split:
     """The rows of one split."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, has_spans: bool = False, has_pairs: bool = False) -> None:
         self.path = path
         self._tokens = ChunkedArray(path / "tokens")
         self.row_targets = ChunkedArray(path / "row_targets")
         self._row_offsets = ChunkedArray(path / "row_offsets")
         self._columns = [ChunkedArray(path / f"segment_{name}") for name in SegmentTable._fields[1:]]
         self.num_rows, self.length = self._tokens.shape
+        self._spans = _arrays(path, "span_offsets", "span_start", "span_length") if has_spans else None
+        self._pairs = _arrays(path, "pair_offsets", "pair_segments", "row_chosen_targets") if has_pairs else None
 
     def __len__(self) -> int:
         return int(self.num_rows)
 
     def __getitem__(self, row: int) -> Row:
-        tokens, table = self.tokens([row]), self.segments([row])
-        dense = expand(tokens, table.per_row, table.length)
-        return Row(tokens[0], dense.segment_ids, dense.position_ids, dense.cu_seqlens, dense.labels, table)
+        tokens, table, spans = self.tokens([row]), self.segments([row]), self.spans([row])
+        dense = expand(tokens, table.per_row, table.length, spans)
+        return Row(tokens[0], dense.segment_ids, dense.position_ids, dense.cu_seqlens, dense.labels, table, spans)
 
     @property
     def num_segments(self) -> int:
@@ -133,13 +148,35 @@ class Split:
 
     def segments(self, rows: Sequence[int] | NDArray[np.integer]) -> SegmentTable:
         """Return the segments of some rows, in the order of ``rows``."""
-        borders = [self._row_offsets[int(row) : int(row) + 2].tolist() for row in rows]
+        borders = self._borders(self._row_offsets, rows)
+        return SegmentTable(np.diff(borders)[:, 0], *(_parts(column, borders) for column in self._columns))
+
+    def spans(self, rows: Sequence[int] | NDArray[np.integer]) -> Spans | None:
+        """Return the targets of some rows laid end to end, in the order of ``rows``; ``None`` where all tokens are."""
+        if self._spans is None:
+            return None
+        offsets, start, length = self._spans
+        borders = self._borders(offsets, rows)
+        place = np.repeat(np.arange(len(borders)), np.diff(borders)[:, 0]) * int(self.length)
+        return Spans(place + _parts(start, borders), _parts(length, borders).astype(np.int64))
+
+    def pairs(self, rows: Sequence[int] | NDArray[np.integer]) -> PairTable | None:
+        """Return the preference pairs of some rows, in the order of ``rows``; ``None`` where the dataset has none."""
+        if self._pairs is None:
+            return None
+        offsets, segments, chosen_targets = self._pairs
+        borders, of_rows = self._borders(offsets, rows), self._borders(self._row_offsets, rows)
+        per_row, num_segments = np.diff(borders)[:, 0], np.diff(of_rows)[:, 0]
+        shift = np.cumsum(num_segments) - num_segments - of_rows[:, 0]  # from numbers in the split to those in the rows
+        found = _parts(segments, borders).astype(np.int64) + np.repeat(shift, per_row)[:, None]
+        return PairTable(per_row, found, chosen_targets.take(rows))
+
+    def _borders(self, offsets: ChunkedArray, rows: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int64]:
+        """[R, 2] first and last of what each row owns."""
+        borders = [offsets[int(row) : int(row) + 2] for row in rows]
         if any(len(border) != 2 for border in borders):
             raise IndexError(f"{self.path}: rows {list(rows)} are not all in 0 .. {self.num_rows}")
-        columns = [
-            np.concatenate([column[first:last] for first, last in borders] or [column[0:0]]) for column in self._columns
-        ]
-        return SegmentTable(np.array([last - first for first, last in borders], np.int64), *columns)
+        return np.array(borders, np.int64).reshape(-1, 2)
 
 
 @dataclass(frozen=True)
@@ -177,8 +214,18 @@ def open_dataset(path: Path | str) -> Dataset:
     if problems:
         more = f"\n({len(problems) - 5} more)" if len(problems) > 5 else ""
         raise FormatError("\n".join(problems[:5]) + more + "\nCopy the dataset again or pack it again")
-    splits = {name: Split(directory / name) for name in manifest.splits}
+    has_spans, has_pairs = manifest.kind != "pretrain", manifest.kind == "preference"
+    splits = {name: Split(directory / name, has_spans=has_spans, has_pairs=has_pairs) for name in manifest.splits}
     return Dataset(directory, manifest, digest, splits["train"], splits.get("validation"))
+
+
+def _arrays(path: Path, *names: str) -> tuple[ChunkedArray, ...]:
+    return tuple(ChunkedArray(path / name) for name in names)
+
+
+def _parts(array: ChunkedArray, borders: NDArray[np.int64]) -> NDArray[Any]:
+    """Slices of an array, one after another."""
+    return np.concatenate([array[first:last] for first, last in borders.tolist()] or [array[0:0]])
 
 
 def _read_metadata(path: Path) -> tuple[tuple[int, ...], np.dtype[Any], tuple[int, ...]]:

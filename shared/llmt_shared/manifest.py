@@ -66,7 +66,7 @@ class Manifest(StrictModel):
     """The whole of MANIFEST.json."""
 
     format: Literal[1]
-    kind: Literal["pretrain"]
+    kind: Literal["pretrain", "sft", "preference"]
     length: int
     """L: tokens of a row."""
     sources: tuple[str, ...]

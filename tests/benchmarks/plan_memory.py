@@ -111,7 +111,7 @@ def write_corpus(folder: Path, documents: int, parts: list[float]) -> None:
             count = min(left, UNIT)
             lengths = np.minimum(rng.lognormal(6, 1.2, count) + 1, 1 << 20).astype("<u4")  # like the web's
             tokens = write_unit(unit, lengths, rng.integers(0, 1 << 64, count, "<u8"))
-            units.append(UnitEntry(str(unit), source, f"file-{source}", count, tokens, 0, 0, CONTENT))
+            units.append(UnitEntry(str(unit), source, f"file-{source}", count, tokens, 0, 0, False, CONTENT))
             left -= count
     corpora.save(Corpus(tuple(units), len(parts)), folder / "corpus.json")
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from synthetic_corpus import LONG_ROWS, SHUFFLING, SMALL_BLOCKS, sources_of
+from synthetic_corpus import LONG_ROWS, SHUFFLING, SMALL_BLOCKS, of_lengths, sources_of
 
 from llmt_prep import order
 from llmt_prep.config import SequenceConfig
@@ -113,12 +113,12 @@ def test_the_cut_is_the_nearest_of_all_that_could_be_made(lengths, shuffling, ov
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(order, "PIECE", piece)
         selection = plan([replace(mine, tokens=wanted)], None, max_epochs=3).selections[0]
-    ends = np.cumsum(mine.landing(lengths_in_order(mine, epoch))).tolist() if rest else []
+    ends = np.cumsum(mine.landing(of_lengths(lengths_in_order(mine, epoch)))).tolist() if rest else []
     cuts = [tokens for tokens in [0, *ends] if tokens or epoch]  # something of the source is always selected
     nearest = min(cuts, key=lambda tokens: (abs(tokens - rest), tokens))
     assert selection.got == epoch * mine.available + nearest
     chosen = np.concatenate([lengths_in_order(mine, number) for number in range(epoch + 1)])[: selection.selected]
-    assert mine.landing(chosen).sum() == selection.got
+    assert mine.landing(of_lengths(chosen)).sum() == selection.got
 
 
 def test_a_source_never_gives_nothing():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic_corpus import sources_of, write_corpus
+from synthetic_corpus import of_lengths, sources_of, write_corpus
 
 from llmt_prep import order, rows, tally
 from llmt_prep.mixture import plan
@@ -22,7 +22,7 @@ FILES = ["address.bin", "document.bin", "length.bin", "offset.bin", "offsets.bin
 
 def all_documents() -> Documents:
     lengths = np.concatenate(LENGTHS)
-    return Documents(np.arange(len(lengths)), lengths, np.cumsum(lengths) - lengths)
+    return of_lengths(lengths)
 
 
 def planned(folder: Path, overflow: str = "split", times: int = 1) -> RowPlan:
@@ -78,7 +78,7 @@ def test_a_plan_that_was_killed_is_written_anew(tmp_path: Path, monkeypatch: pyt
 
 def test_a_split_without_a_row_is_a_plan_of_none(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "store", [[500, 600]], 20)
-    documents = Documents(np.arange(2), np.array([500, 600]), np.array([0, 500]))
+    documents = of_lengths(np.array([500, 600]))
     write_rows(tmp_path / "rows", iter([documents]), corpus, CAPACITY, "drop", 0.9)
     found = load_rows(tmp_path / "rows")
     assert (found.num_rows, len(found.document)) == (0, 0)

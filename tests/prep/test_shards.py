@@ -38,7 +38,7 @@ def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SplitTask:
     )
     monkeypatch.setattr(shards, "load_rows", lambda _: plan)
     monkeypatch.setattr(shards.corpora, "load", lambda *_: make_corpus(unit_lengths))
-    return SplitTask(str(tmp_path), "train", 3, L, min(PER_SHARD, plan.num_rows), "uint16", 5)
+    return SplitTask(str(tmp_path), "train", 3, L, min(PER_SHARD, plan.num_rows), "uint16", 5, "pretrain")
 
 
 def build(task: SplitTask) -> shards.Totals:
@@ -132,7 +132,7 @@ def test_rows_are_permuted_inside_their_group_only(task: SplitTask, monkeypatch:
 def test_a_group_is_whole_shards_of_at_most_four_million_rows_or_one_shard(
     per_shard: int, shards_of_group: int
 ) -> None:
-    task = SplitTask("", "train", 1, 2, per_shard, "uint16", 0)
+    task = SplitTask("", "train", 1, 2, per_shard, "uint16", 0, "pretrain")
     assert task.rows_per_group == shards_of_group * per_shard
 
 

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic_corpus import write_corpus
+from synthetic_corpus import of_lengths, write_corpus
 
 from llmt_prep import tally
-from llmt_prep.order import Documents
 from llmt_prep.packing import split_documents
 from llmt_prep.tally import Tally, counting
 
@@ -44,7 +43,7 @@ def counted(folder: Path, windows: list[list[int]], overflow: str) -> list[Tally
     with counting(folder / "seen", corpus) as counter:
         assert (folder / "seen").stat().st_size == 8
         for window in windows:
-            documents = Documents(np.array(window, np.int64), WHOLE[window].astype(np.int64), np.zeros(len(window)))
+            documents = of_lengths(WHOLE[window].astype(np.int64), np.array(window, np.int64))
             counter.add(documents, split_documents(documents.length, 40, overflow))
         found = counter.totals()
     assert not (folder / "seen").exists()

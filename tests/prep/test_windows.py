@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic_corpus import LONG_ROWS, SHUFFLING, SMALL_BLOCKS, sources_of
+from synthetic_corpus import LONG_ROWS, SHUFFLING, SMALL_BLOCKS, of_lengths, sources_of
 
 from llmt_prep import order
 from llmt_prep.config import SequenceConfig
 from llmt_prep.mixture import plan
-from llmt_prep.order import Documents
 from llmt_prep.windows import in_windows, windows
 
 lengths_of_a_source = st.lists(st.integers(0, 40), min_size=1, max_size=60).filter(any)
@@ -32,7 +31,7 @@ class Case:
         return np.searchsorted(self.borders, window.document, "right") - 1
 
     def landing(self, documents):
-        return self.sources[0].landing(self.corpus.all_lengths[documents])
+        return self.sources[0].landing(of_lengths(self.corpus.all_lengths[documents]))
 
 
 @st.composite
@@ -148,7 +147,7 @@ def test_no_source_is_read_further_than_one_group_ahead():
 @given(st.lists(st.integers(1, 30), max_size=12), st.integers(1, 20))
 def test_a_stream_is_cut_anew_into_windows(sizes, size):
     ends = np.cumsum(sizes)
-    pieces = [Documents(*3 * [np.arange(end - n, end)]) for n, end in zip(sizes, ends, strict=True)]
+    pieces = [of_lengths(np.ones(n, np.int64), np.arange(end - n, end)) for n, end in zip(sizes, ends, strict=True)]
     found = [window.document.tolist() for window in in_windows(iter(pieces), size)]
     whole = list(range(sum(sizes)))
     assert found == [whole[start : start + size] for start in range(0, len(whole), size)]

@@ -7,7 +7,7 @@ from llmt_prep.documents import columns, lines
 from llmt_prep.documents.faults import reading_from
 from llmt_prep.documents.files import FORMATS, compression, find_files, reader_for
 from llmt_prep.documents.hub import hf_files
-from llmt_prep.documents.record import PREVIEW_BYTES, BadRecord, Document, End, Item, Reading, Unit, shown
+from llmt_prep.documents.record import PREVIEW_BYTES, BadRecord, Document, End, Item, Reading, Row, Unit, shown
 
 __all__ = [
     "FORMATS",
@@ -17,6 +17,7 @@ __all__ = [
     "End",
     "Item",
     "Reading",
+    "Row",
     "Unit",
     "compression",
     "find_files",

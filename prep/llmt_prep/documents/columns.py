@@ -10,7 +10,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import ipc
 
-from llmt_prep.documents.record import BadRecord, Document, End, Item, Reading, Unit, shown, too_large
+from llmt_prep.documents.record import (
+    PREVIEW_BYTES,
+    BadRecord,
+    Document,
+    End,
+    Item,
+    Reading,
+    Row,
+    Unit,
+    shown,
+    too_large,
+)
 from llmt_shared.errors import ConfigError, DataError
 
 _SLICE_BYTES = 16 << 20
@@ -31,17 +42,17 @@ def parquet_units(path: Path, bytes_per_unit: int) -> list[Unit]:
 def read_parquet(unit: Unit, reading: Reading) -> Iterator[Item]:
     """Yield a row group range's records."""
     with _readable(unit.path, "Parquet"), pq.ParquetFile(unit.path, pre_buffer=False) as file:
-        _check_column(unit.path, file.schema_arrow, reading.text_field)
+        columns = _wanted_columns(unit.path, file.schema_arrow, reading)
         groups = range(unit.start, unit.stop)
         rows = sum(file.metadata.row_group(i).num_rows for i in groups)
         size = sum(file.metadata.row_group(i).total_byte_size for i in groups)
         batches = file.iter_batches(
-            batch_size=_rows_per_slice(size, rows), row_groups=list(groups), columns=[reading.text_field],
+            batch_size=_rows_per_slice(size, rows), row_groups=list(groups), columns=columns,
             use_threads=False,
         )  # fmt: skip
         first = 0
         for batch in batches if rows else ():
-            yield from _records(batch.column(0), first, reading)
+            yield from _records_of(batch, first, reading)
             first += batch.num_rows
     yield End(rows)
 
@@ -87,13 +98,13 @@ def read_arrow(unit: Unit, reading: Reading) -> Iterator[Item]:
     first = 0
     with _readable(unit.path, "Arrow"):
         for batch in _batches(unit):
-            _check_column(unit.path, batch.schema, reading.text_field)
-            column = batch.column(batch.schema.get_field_index(reading.text_field))
-            _check_layout(column)
-            rows = _rows_per_slice(column.nbytes, len(column))
-            for start in range(0, len(column), rows):
-                yield from _records(column.slice(start, rows), first + start, reading)
-            first += len(column)
+            chosen = batch.select(_wanted_columns(unit.path, batch.schema, reading))
+            for column in chosen.columns:
+                _check_layout(column)
+            rows = _rows_per_slice(chosen.nbytes, len(chosen))
+            for start in range(0, len(chosen), rows):
+                yield from _records_of(chosen.slice(start, rows), first + start, reading)
+            first += len(chosen)
     yield End(first)
 
 
@@ -159,6 +170,31 @@ def _is_ipc_file(path: str) -> bool:
         return file.read(len(_FILE_MAGIC)) == _FILE_MAGIC
 
 
+def _records_of(batch: Any, first: int, reading: Reading) -> Iterator[Document | Row | BadRecord]:
+    if reading.text_field is not None:
+        yield from _records(batch.column(0), first, reading)
+        return
+    for place in range(len(batch)):
+        yield _row(first + place, batch.slice(place, 1), reading)
+
+
+def _row(record: int, one: Any, reading: Reading) -> Row | BadRecord:
+    """A row of a table as JSON would have it: what is null is left out, for tables fill what records lack with it."""
+    try:
+        (value,) = one.to_pylist()
+    except UnicodeDecodeError as error:
+        return BadRecord(record, f"invalid UTF-8 at byte {error.start} of a column ({error.reason})", "")
+    if one.nbytes > reading.max_record_bytes:
+        return BadRecord(record, too_large(one.nbytes, reading), shown(str(value)[:PREVIEW_BYTES]))
+    return Row(record, _without_nulls(value), one.nbytes)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
 def _records(column: Any, first: int, reading: Reading) -> Iterator[Document | BadRecord]:
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
@@ -175,11 +211,22 @@ def _check_layout(column: Any) -> None:
 
     Strings are checked as bytes: whether they are UTF-8 is for each row to say.
     """
+    if pa.types.is_nested(column.type):
+        _check_nested_layout(column)
+        return
     if pa.types.is_dictionary(column.type):
         pa.DictionaryArray.from_arrays(column.indices, pa.nulls(len(column.dictionary)), safe=True)
         column = column.dictionary
-    kind = _BINARY[column.type]
+    kind = _BINARY.get(column.type, column.type)
     pa.Array.from_buffers(kind, len(column), column.buffers(), offset=column.offset).validate(full=True)
+
+
+def _check_nested_layout(column: Any) -> None:
+    """The offsets first: only then may one look at what they lead to."""
+    column.validate()
+    children = [column.field(i) for i in range(column.type.num_fields)] if pa.types.is_struct(column.type) else []
+    for child in children or [column.values]:
+        _check_layout(child)
 
 
 _BINARY = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
@@ -196,6 +243,13 @@ def _record(record: int, value: Any, reading: Reading) -> Document | BadRecord:
     if 4 * len(text) > reading.max_record_bytes and (size := len(text.encode())) > reading.max_record_bytes:
         return BadRecord(record, too_large(size, reading), shown(text))
     return Document(record, text)
+
+
+def _wanted_columns(path: str, schema: Any, reading: Reading) -> list[str]:
+    if reading.text_field is None:
+        return list(schema.names)
+    _check_column(path, schema, reading.text_field)
+    return [reading.text_field]
 
 
 def _check_column(path: str, schema: Any, field: str) -> None:

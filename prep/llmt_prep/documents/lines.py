@@ -7,13 +7,24 @@ import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import orjson
 import zstandard
 
 from llmt_prep.documents.files import compression
-from llmt_prep.documents.record import PREVIEW_BYTES, BadRecord, Document, End, Item, Reading, Unit, shown, too_large
+from llmt_prep.documents.record import (
+    PREVIEW_BYTES,
+    BadRecord,
+    Document,
+    End,
+    Item,
+    Reading,
+    Row,
+    Unit,
+    shown,
+    too_large,
+)
 from llmt_shared.errors import DataError
 
 _PIECE = 1 << 20
@@ -129,9 +140,10 @@ def _decoded(record: int, data: bytes, size: int, reading: Reading) -> Document 
         return BadRecord(record, _not_utf8(error), shown(data))
 
 
-def _parsed(record: int, line: bytes, field: str) -> Document | BadRecord:
+def _parsed(record: int, line: bytes, field: str | None) -> Document | Row | BadRecord:
     try:
-        return Document(record, _text_of(orjson.loads(line), field))
+        value = orjson.loads(line)
+        return Document(record, _text_of(value, field)) if field is not None else Row(record, _object(value), len(line))
     except orjson.JSONDecodeError as error:  # itself a ValueError
         return BadRecord(record, _why_not_json(line, error), shown(line))
     except ValueError as error:
@@ -149,6 +161,12 @@ def _text_of(value: object, field: str) -> str:
     if not isinstance(text, str):
         raise ValueError(f"field {field!r} is {_JSON_KINDS[type(text)]}; wanted a string")
     return text
+
+
+def _object(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f'{_JSON_KINDS[type(value)]}; wanted an object, such as {{"messages": [..]}}')
+    return value
 
 
 _JSON_KINDS = {

@@ -1,7 +1,7 @@
 """What reading gives: documents, bad records with their reasons, and where they lie."""
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 PREVIEW_BYTES = 160
 """How much of a bad record is kept to recognise it by."""
@@ -13,8 +13,8 @@ class Reading:
 
     reader: Literal["auto", "jsonl", "parquet", "arrow", "text"] = "auto"
     """`auto` goes by the file's suffix."""
-    text_field: str = "text"
-    """JSON key or column that holds the text; text files have none."""
+    text_field: str | None = "text"
+    """JSON key or column that holds the text; text files have none. ``None``: records are given whole, for chats."""
     record: Literal["file", "line", "paragraph"] = "file"
     """What one document of a text file is; a paragraph ends at a blank line."""
     max_record_bytes: int = 64 * 2**20
@@ -42,6 +42,17 @@ class Document(NamedTuple):
     text: str
 
 
+class Row(NamedTuple):
+    """One record as it is, where `Reading.text_field` is ``None``."""
+
+    record: int
+    """As in `Document`."""
+    value: dict[str, Any]
+    """JSON values; of a table, all columns."""
+    size: int
+    """Bytes, about."""
+
+
 class BadRecord(NamedTuple):
     """A record that cannot be a document."""
 
@@ -58,7 +69,7 @@ class End(NamedTuple):
     """Physical lines or rows in the unit; 1 where a whole text file is one record."""
 
 
-Item = Document | BadRecord | End
+Item = Document | Row | BadRecord | End
 
 
 def shown(data: bytes | str) -> str:
