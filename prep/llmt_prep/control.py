@@ -32,6 +32,33 @@ def control_string_finder(control_tokens: Sequence[str]) -> Callable[[str], str 
     return find
 
 
+def control_string_counter(control_tokens: Sequence[str]) -> Callable[[str], int]:
+    """Return a function that counts the control strings in a text."""
+    strings = sorted(filter(None, control_tokens), key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, strings)) or r"(?!)")
+    return lambda text: len(pattern.findall(text))
+
+
+def seam_finder(control_tokens: Sequence[str]) -> Callable[[str], bool]:
+    """Return a function that tells whether a text could become a control string together with what stands beside it.
+
+    It could where it ends as one begins, or begins as one ends.
+    """
+    strings = [*filter(None, control_tokens)]
+    heads = {string[:cut] for string in strings for cut in range(1, len(string))}
+    tails = {string[cut:] for string in strings for cut in range(1, len(string))}
+    last, first = {head[-1] for head in heads}, {tail[0] for tail in tails}
+    longest = max(map(len, strings), default=0)
+
+    def find(text: str) -> bool:
+        if not text or (text[-1] not in last and text[0] not in first):
+            return False
+        sizes = range(1, min(longest, len(text) + 1))
+        return any(text[-size:] in heads or text[:size] in tails for size in sizes)
+
+    return find
+
+
 def control_id_finder(control_ids: Collection[int]) -> Callable[[NDArray[np.uint32]], NDArray[np.intp]]:
     """Return a function that gives the places, ascending, at which ids are control tokens.
 

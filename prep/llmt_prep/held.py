@@ -1,10 +1,14 @@
 """What a process holds of its tokenizer: loaded once, whoever asks first."""
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from llmt_prep.engines import Engine, fast_engine
 from llmt_prep.tokenizer import LoadedTokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from llmt_prep.chat.prepare import ChatSettings
+    from llmt_prep.chat.tokenization import ChatTools
 
 
 class Shelved(NamedTuple):
@@ -39,3 +43,16 @@ def held_fast_engine(shelved: Shelved, keep_control: bool) -> Engine:
         EngineRefusal: it cannot serve this tokenizer.
     """
     return fast_engine(held_tokenizer(shelved), keep_control=keep_control)
+
+
+@lru_cache(maxsize=8)
+def held_chat_tools(shelved: Shelved, settings: "ChatSettings") -> "ChatTools":
+    """Return what a tokenizer and settings make of chats."""
+    from llmt_prep.chat.offsets import encoding_with_extents  # text needs no templates
+    from llmt_prep.chat.prepare import preparing
+    from llmt_prep.chat.template import load_template
+    from llmt_prep.chat.tokenization import ChatTools
+
+    tokenizer = held_tokenizer(shelved)
+    template = load_template(settings.template, tokenizer)
+    return ChatTools(preparing(settings, template, tokenizer), encoding_with_extents(tokenizer))

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,9 @@ from llmt_prep.unit_task import TokenizeTask, run_task
 from llmt_shared import durable
 from llmt_shared.errors import DataError
 
+if TYPE_CHECKING:
+    from llmt_prep.chat.prepare import ChatSettings
+
 _MANY_BAD = 100
 """Bad records before a share of them may stop a run in the middle."""
 
@@ -46,6 +50,7 @@ class Place:
     unit: Unit
     span: tuple[int, int]
     """Bytes of the file that the unit reads, about."""
+    settings: "TextSettings | ChatSettings"
     origin: Origin
     directory: Path
     begins_source: bool
@@ -90,16 +95,17 @@ def tokenize_inputs(
 
 def place_units(config: MixConfig, inputs: Inputs, tokenizer: LoadedTokenizer, cache: Path) -> list[Place]:
     """Return where a cache holds each unit of the input, or would hold it; equal units share a folder."""
-    settings = _settings(config)
+    settings = _settings(config, inputs, tokenizer)
     readings = [reading_of(config, source) for source in config.sources.values()]
     places: list[Place] = []
     for each in inputs.units:
         file = inputs.files[each.file]
-        facts = unit_facts(each.unit, each.content, readings[file.source], tokenizer, settings)
+        facts = unit_facts(each.unit, each.content, readings[file.source], tokenizer, settings[file.source])
         origin = Origin(facts, _full_name(file), file.sha256, config.unit_size, config.tokenizer.path)
         directory = unit_directory(cache, unit_key(facts))
         begins_source = not places or places[-1].source != file.source
-        places.append(Place(each.file, file.source, each.unit, each.span, origin, directory, begins_source))
+        mine = settings[file.source]
+        places.append(Place(each.file, file.source, each.unit, each.span, mine, origin, directory, begins_source))
     return places
 
 
@@ -126,8 +132,16 @@ def unusable_units(places: Iterable[Place], inexact: frozenset[str], workers: in
     return unusable
 
 
-def _settings(config: MixConfig) -> TextSettings:
-    return TextSettings(special_tokens_in_text=config.special_tokens_in_text, bos=config.bos, eos=config.eos)
+def _settings(
+    config: MixConfig, inputs: Inputs, tokenizer: LoadedTokenizer
+) -> "Sequence[TextSettings] | Sequence[ChatSettings]":
+    """Of each source."""
+    if config.kind == "pretrain":
+        text = TextSettings(special_tokens_in_text=config.special_tokens_in_text, bos=config.bos, eos=config.eos)
+        return [text] * len(config.sources)
+    from llmt_prep.chat.settings import chat_settings  # text needs no templates
+
+    return chat_settings(config, inputs, tokenizer)
 
 
 def _shelve_tokenizer(config: MixConfig, cache: Path, tokenizer: LoadedTokenizer) -> Shelved:
@@ -199,7 +213,7 @@ def _tokenize_missing(
 
 
 def _chosen(config: MixConfig, tokenizer: Shelved, inexact: frozenset[str]) -> Choice:
-    keep_control = config.special_tokens_in_text == "keep"
+    keep_control = config.kind != "pretrain" or config.special_tokens_in_text == "keep"
     choice = choose_engine(config.engine, tokenizer, keep_control=keep_control, inexact=inexact)
     if config.engine == "auto" and not choice.is_fast:
         say(f"engine: tokenizers, because {choice.reason}")
@@ -222,7 +236,7 @@ def _task(
     return TokenizeTask(
         unit=place.unit,
         reading=reading_of(config, list(config.sources.values())[place.source]),
-        settings=_settings(config),
+        settings=place.settings,
         tokenizer=tokenizer,
         is_fast=is_fast,
         begins_source=place.begins_source,

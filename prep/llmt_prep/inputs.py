@@ -54,7 +54,7 @@ def reading_of(config: MixConfig, source: SourceConfig) -> Reading:
     """Return a source's reader settings."""
     return Reading(
         reader="arrow" if source.hf else source.reader,
-        text_field=source.text_field,
+        text_field=source.text_field if config.kind == "pretrain" else None,
         record=source.record,
         max_record_bytes=config.max_record_bytes,
     )

@@ -13,7 +13,7 @@ import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
@@ -107,6 +107,9 @@ class UnitMeta:
         """What tells this unit from one of the same name that another engine or run made."""
         return str(xxhash.xxh3_64_hexdigest(json.dumps(self.checksums, sort_keys=True).encode()))
 
+
+COUNTED = tuple(field.name for field in fields(UnitMeta) if field.type is int)
+"""The counts of `UnitMeta`."""
 
 LEFT_OUT = ("without_targets", "differing_prompts", "identical_sides", "empty_answer")
 """Counts of records that are well-formed and yet nothing to train on."""

@@ -4,9 +4,9 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import xxhash
@@ -18,9 +18,12 @@ from llmt_prep.documents import PREVIEW_BYTES, BadRecord, Document, End, Item, R
 from llmt_prep.encoding import encode, only, surrounded, text_of_place
 from llmt_prep.engines import Encoded, Engine, reference_engine
 from llmt_prep.guard import FIRST_BYTES, EngineDiffers, chosen_ids, first_difference, sampled
-from llmt_prep.store import UnitMeta, UnitWriter, hash_text, token_dtype, writing_unit
+from llmt_prep.store import COUNTED, UnitMeta, UnitWriter, hash_text, token_dtype, writing_unit
 from llmt_prep.tokenizer import LoadedTokenizer
 from llmt_shared.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from llmt_prep.chat.prepare import ChatSettings
 
 TOKENIZATION_VERSION = 2
 """Raised when the same input and settings give another unit, and only then: every stored unit is made again."""
@@ -84,17 +87,22 @@ def tokenize_unit(
             counts["documents_with_control_strings"] += len(marked)
             encoded, reasons, engine = encode(batch.texts, fast, reference, counts)
             if fast is not None and engine == fast.name:
-                _guard(unit, batch, encoded, (fast, reference), counts, begins_source)
+                texts = Texts(batch.texts, batch.records, batch.hashes, batch.sizes)
+                compare_engines(unit, texts, encoded, (fast, reference), counts, begins_source)
             for number, token_id in _control_ids(encoded, find_ids):  # the last of a text names it
                 reasons[number] = _becomes_control(token_id, tokenizer)
             is_text = np.array([bool(text) and i not in reasons for i, text in enumerate(batch.texts)], np.bool_)
             _write(writer, counts, batch, surrounded(only(encoded, is_text), bos_id, eos_id), reasons)
         check()
-        return writer.finish({name: counts[name] for name in _COUNTED}, (fast or reference).name)
+        return writer.finish({name: counts[name] for name in COUNTED}, (fast or reference).name)
 
 
 def unit_facts(
-    unit: Unit, content_hash: str, reading: Reading, tokenizer: LoadedTokenizer, settings: TextSettings
+    unit: Unit,
+    content_hash: str,
+    reading: Reading,
+    tokenizer: LoadedTokenizer,
+    settings: "TextSettings | ChatSettings",
 ) -> dict[str, Any]:
     """Return whatever could change the content of a unit, as JSON can hold it.
 
@@ -103,7 +111,7 @@ def unit_facts(
         content_hash: what `hash_content` says of it.
         reading: how to read it.
         tokenizer: counts by its files and its BOS and EOS.
-        settings: BOS, EOS and control strings.
+        settings: what becomes of a record.
     """
     return {
         "version": TOKENIZATION_VERSION,
@@ -128,9 +136,6 @@ def hash_content(unit: Unit, feed: Callable[[bytes], None] = lambda piece: None)
         state.update(piece)
         feed(piece)
     return str(state.hexdigest())
-
-
-_COUNTED = [field.name for field in fields(UnitMeta) if field.type is int]
 
 
 def _surrounding_ids(tokenizer: LoadedTokenizer, settings: TextSettings) -> tuple[int | None, int | None]:
@@ -183,15 +188,29 @@ def _batches(items: Iterable[Item]) -> Iterator[_Batch]:
     yield batch
 
 
-def _guard(
+class Texts(NamedTuple):
+    """What the guard knows of the texts of a batch."""
+
+    texts: list[str]
+    records: list[int]
+    hashes: list[int]
+    sizes: list[int]
+    """UTF-8 bytes."""
+
+
+def compare_engines(
     unit: Unit,
-    batch: _Batch,
+    batch: Texts,
     encoded: Encoded,
     engines: tuple[Engine, Engine],
     counts: Counter[str],
     begins_source: bool,
 ) -> None:
-    """Compare the engines on the sample, and on first documents where the unit begins a source."""
+    """Compare the fast engine with the reference on the sample, and on first documents where the unit begins a source.
+
+    Raises:
+        EngineDiffers: they differ.
+    """
     fast, reference = engines
     is_chosen = sampled(np.array(batch.hashes, np.uint64))
     if begins_source:

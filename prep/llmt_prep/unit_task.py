@@ -1,19 +1,24 @@
 """What a worker does with one unit: the engine that the run chose, the guard's verdict, the next unit read ahead."""
 
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmt_prep.cache import Origin
 from llmt_prep.documents import Reading, Unit
 from llmt_prep.guard import EngineDiffers, distrust
 from llmt_prep.hashes import check_unchanged
-from llmt_prep.held import Shelved, held_fast_engine, held_tokenizer
+from llmt_prep.held import Shelved, held_chat_tools, held_fast_engine, held_tokenizer
 from llmt_prep.inputs import InputFile
 from llmt_prep.store import UnitMeta
 from llmt_prep.tokenization import TextSettings, tokenize_unit
+
+if TYPE_CHECKING:
+    from llmt_prep.chat.prepare import ChatSettings
 
 _AHEAD_BYTES = 128 << 10
 """Of one call Linux serves no more than the device's read-ahead window, and drops the rest without a word."""
@@ -27,7 +32,7 @@ class TokenizeTask:
 
     unit: Unit
     reading: Reading
-    settings: TextSettings
+    settings: "TextSettings | ChatSettings"
     tokenizer: Shelved
     is_fast: bool
     """Tokenized by the fast engine, guarded by the reference."""
@@ -47,22 +52,32 @@ def run_task(task: TokenizeTask) -> UnitMeta:
     A unit's name says what its file held when it was hashed: of a file that has changed since, none may appear.
     """
     _read_ahead(task.ahead)
-    fast = held_fast_engine(task.tokenizer, task.settings.special_tokens_in_text == "keep") if task.is_fast else None
     try:
-        return tokenize_unit(
-            task.unit,
-            task.reading,
-            held_tokenizer(task.tokenizer),
-            task.settings,
-            Path(task.directory),
+        return _tokenizing(task)(
+            directory=Path(task.directory),
             check=partial(check_unchanged, (task.file,)),
             origin=asdict(task.origin),
-            fast=fast,
+            fast=held_fast_engine(task.tokenizer, keeps_control(task.settings)) if task.is_fast else None,
             begins_source=task.begins_source,
         )
     except EngineDiffers as difference:
         distrust(Path(task.tokenizer.folder), difference.engine)
         raise
+
+
+def keeps_control(settings: "TextSettings | ChatSettings") -> bool:
+    """Whether the engine makes control tokens of their strings: in chats it must, for templates write them."""
+    return not isinstance(settings, TextSettings) or settings.special_tokens_in_text == "keep"
+
+
+def _tokenizing(task: TokenizeTask) -> Callable[..., UnitMeta]:
+    tokenizer, settings = held_tokenizer(task.tokenizer), task.settings
+    if isinstance(settings, TextSettings):
+        return partial(tokenize_unit, task.unit, task.reading, tokenizer, settings)
+    from llmt_prep.chat.tokenization import tokenize_chats  # text needs no templates
+
+    tools = held_chat_tools(task.tokenizer, settings)
+    return partial(tokenize_chats, task.unit, task.reading, tokenizer, settings, tools)
 
 
 def _read_ahead(ahead: tuple[str, int, int] | None) -> None:

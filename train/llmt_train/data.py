@@ -118,7 +118,7 @@ def read_batch(split: Split, rows: NDArray[np.int64], denominators: dict[str, fl
         return collate(np.zeros((1, split.length), np.int64), np.zeros(1, np.int64), empty, empty, None, denominators)
     table = split.segments(rows)
     tokens = split.tokens(rows).astype(np.int64)  # what an embedding takes
-    return collate(tokens, table.per_row, table.length, table.source, None, denominators)
+    return collate(tokens, table.per_row, table.length, table.source, split.spans(rows), denominators)
 
 
 class Prefetched(Generic[Item]):
