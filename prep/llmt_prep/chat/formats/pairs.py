@@ -12,7 +12,7 @@ from llmt_prep.chat.messages import Message, PreferencePair, UnfitPair
 Messages = tuple[Message, ...]
 ReadPair = Callable[[Record], PreferencePair]
 
-_EXAMPLE = "\n\nHuman:"
+_QUESTION, _ANSWER = "\n\nHuman:", "\n\nAssistant:"
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
@@ -89,7 +89,7 @@ def transcript_format(names: Names) -> ReadPair:
 
 def is_transcript(text: object) -> bool:
     """Whether it begins with the mark of a turn."""
-    return isinstance(text, str) and _TURN.match(text) is not None
+    return isinstance(text, str) and text.startswith((_QUESTION, _ANSWER))
 
 
 def _continuation(side: Messages, openings: tuple[Messages, ...], name: str) -> Messages:
@@ -134,15 +134,14 @@ def _transcript(value: Any, place: str) -> str:
 
 
 def _split_last(text: str, place: str) -> tuple[str, str]:
-    """Split into the prompt's text and what the last assistant turn says, each with its marks."""
+    """Split into the prompt and the last assistant turn, each with its marks."""
     if not is_transcript(text):
-        raise ValueError(f"{place} begins with {found(text)}; wanted the mark of a turn, {_EXAMPLE!r}")
-    marks = list(_TURN.finditer(text))
-    if marks[-1][1] != "Assistant":
+        raise ValueError(f"{place} begins with {found(text)}; wanted the mark of a turn, {_QUESTION!r}")
+    border = text.rfind(_ANSWER)
+    if text.rfind(_QUESTION) > border:
         raise ValueError(f"{place} ends with a turn of Human; wanted the assistant's")
-    if len(marks) == 1:
+    if border == 0:
         raise ValueError(f"{place} has no turn before the assistant's; wanted a prompt")
-    border = marks[-1].start()
     return text[:border], text[border:]
 
 

@@ -46,7 +46,7 @@ def _call(call: object) -> Mapping[str, Any]:
     if isinstance(arguments, str):
         arguments = _loaded(arguments, "the arguments of a tool call")
     if not isinstance(arguments, dict):
-        raise ValueError(f"the arguments of a tool call are {found(arguments)}; wanted an object")
+        raise ValueError(f"the arguments of a tool call: found {found(arguments)}; wanted an object")
     around = call if isinstance(call, dict) and "function" in call else {"type": "function"}
     return {**around, "function": {**function, "arguments": arguments}}
 
@@ -67,4 +67,4 @@ def _loaded(text: str, place: str) -> Any:
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError as error:
-        raise ValueError(f"{place} is {found(text)}, which is not valid JSON: {error.msg}") from None
+        raise ValueError(f"{place}: found {found(text)}, which is not valid JSON: {error.msg}") from None
