@@ -49,9 +49,7 @@ def _share(value: object) -> object:
 
 
 Kind = Literal["pretrain", "sft", "preference"]
-Format = Literal[
-    "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "explicit_prompt", "implicit_prompt", "transcript"
-]
+Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "explicit", "implicit", "transcript"]
 _OVERFLOWS: dict[str, tuple[Overflow, ...]] = {
     "pretrain": ("split", "truncate", "drop", "error"),
     "sft": ("drop", "truncate", "error"),

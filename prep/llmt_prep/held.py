@@ -1,5 +1,6 @@
 """What a process holds of its tokenizer: loaded once, whoever asks first."""
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -55,4 +56,6 @@ def held_chat_tools(shelved: Shelved, settings: "ChatSettings") -> "ChatTools":
 
     tokenizer = held_tokenizer(shelved)
     template = load_template(settings.template, tokenizer)
+    if settings.tools_template is not None:
+        template = replace(template, for_tools=load_template(settings.tools_template, tokenizer))
     return ChatTools(preparing(settings, template, tokenizer), encoding_with_extents(tokenizer))

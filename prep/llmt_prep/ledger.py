@@ -1,6 +1,6 @@
 """The ledger: where every record and token went, per source, and the sums that must close.
 
-    records                  = documents + empty + quarantined
+    records                  = documents + empty + quarantined + left out
     documents                = held_out + never_selected + selected                  (and so their tokens)
     selected_with_repeats    = in_rows + truncated + dropped                         (tokens, training)
     held_out                 = in_rows + truncated + dropped                         (tokens, validation)
@@ -14,9 +14,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
+from pydantic import Field
+
 from llmt_prep.config import MixConfig
 from llmt_prep.corpus import Corpus
 from llmt_prep.selection import Selected
+from llmt_prep.store import LEFT_OUT
 from llmt_prep.tally import Tally
 from llmt_shared.config import StrictModel
 
@@ -49,8 +52,16 @@ class SourceLedger(StrictModel):
     documents: Amount
     empty: int
     quarantined: int
+    left_out: dict[str, int] = Field(default_factory=dict)
+    """Chats and pairs that are well-formed and yet nothing to train on, by what is wrong with them."""
     with_control_strings: int
     """Documents whose text holds the string of a control token."""
+    turns: int = 0
+    """Messages of the chats, or of both sides of the pairs; 0 for text."""
+    targets: int = 0
+    """Tokens of the documents that are targets, of chats and pairs; 0 for text, where all but the first are."""
+    straddling: int = 0
+    """Of the targets, those that begin before their turn or end behind it."""
     held_out: Amount
     never_selected: Amount
     selected: Amount
@@ -92,7 +103,8 @@ def mistakes(ledger: Ledger, length: int) -> list[str]:
             found.append(f"{what}: {whole} != {' + '.join(map(str, parts))}")
 
     for name, books in ledger.sources.items():
-        check(f"{name}: records", books.records, books.documents.documents, books.empty, books.quarantined)
+        documents = books.documents.documents
+        check(f"{name}: records", books.records, documents, books.empty, books.quarantined, *books.left_out.values())
         shares = (books.held_out, books.never_selected, books.selected)
         check(f"{name}: documents", books.documents.documents, *(share.documents for share in shares))
         check(f"{name}: tokens", books.documents.tokens, *(share.tokens for share in shares))
@@ -143,7 +155,11 @@ def source_ledgers(
             documents=Amount(documents=found.documents, tokens=found.tokens),
             empty=counts[source]["empty"],
             quarantined=counts[source]["quarantined"],
+            left_out={fault: counts[source][fault] for fault in LEFT_OUT if counts[source][fault]},
             with_control_strings=counts[source]["documents_with_control_strings"],
+            turns=counts[source]["turns"],
+            targets=counts[source]["target_tokens"],
+            straddling=counts[source]["straddling"],
             held_out=held_out,
             never_selected=Amount(
                 documents=counts[source]["documents"] - held_out.documents - once.distinct_documents,

@@ -41,7 +41,7 @@ from llmt_prep.store import token_dtype
 from llmt_prep.tokenizer import LoadedTokenizer, load_tokenizer
 from llmt_shared import __version__, durable
 from llmt_shared.errors import ConfigError, FormatError
-from llmt_shared.manifest import NAME, Manifest, read_manifest, wrong_files
+from llmt_shared.manifest import NAME, Manifest, SplitEntry, read_manifest, wrong_files
 
 
 @dataclass(frozen=True)
@@ -244,8 +244,7 @@ def _header(config: MixConfig, tokenizer: LoadedTokenizer, recipe: str, totals: 
         "tokenizer": finish.tokenizer_entry(tokenizer),
         "recipe": recipe,
         "splits": {
-            name: {"rows": total.rows, "segments": total.segments, "tokens": total.tokens, "targets": total.targets}
-            for name, total in totals.items()
+            name: {key: getattr(total, key) for key in SplitEntry.model_fields} for name, total in totals.items()
         },
     }
 

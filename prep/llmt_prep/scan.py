@@ -10,11 +10,24 @@ from numpy.typing import NDArray
 from llmt_shared.dataset import ChunkedArray, SegmentTable
 
 
+class RowSpans(NamedTuple):
+    """Runs of targets of R rows, row after row: N of them."""
+
+    per_row: NDArray[np.int64]
+    """[R]"""
+    start: NDArray[np.uint32]
+    """[N]; counted from the row's first token."""
+    length: NDArray[np.uint32]
+    """[N]"""
+
+
 class Block(NamedTuple):
     """Successive rows: R of them with S segments."""
 
     first_row: int
     segments: SegmentTable
+    spans: RowSpans | None
+    """``None`` where every token is a target."""
 
     @property
     def row(self) -> NDArray[np.int64]:
@@ -24,7 +37,7 @@ class Block(NamedTuple):
 
 
 def blocks(split: Path, rows_at_once: int) -> Iterator[Block]:
-    """Yield a split's segments in blocks of so many rows; row_offsets must ascend.
+    """Yield a split's segments and spans in blocks of so many rows; row_offsets and span_offsets must ascend.
 
     Args:
         split: directory of the split.
@@ -32,7 +45,17 @@ def blocks(split: Path, rows_at_once: int) -> Iterator[Block]:
     """
     row_offsets = ChunkedArray(split / "row_offsets")
     columns = [ChunkedArray(split / f"segment_{name}") for name in SegmentTable._fields[1:]]
+    names = ("span_offsets", "span_start", "span_length")
+    spans = [ChunkedArray(split / name) for name in names] if (split / "span_offsets").exists() else []
     for first in range(0, len(row_offsets) - 1, rows_at_once):
         borders = row_offsets[first : first + rows_at_once + 1]
         mine = slice(int(borders[0]), int(borders[-1]))
-        yield Block(first, SegmentTable(np.diff(borders), *(column[mine] for column in columns)))
+        segments = SegmentTable(np.diff(borders), *(column[mine] for column in columns))
+        yield Block(first, segments, _spans(spans, slice(first, first + rows_at_once + 1)) if spans else None)
+
+
+def _spans(arrays: list[ChunkedArray], rows: slice) -> RowSpans:
+    offsets, start, length = arrays
+    borders = offsets[rows]
+    mine = slice(int(borders[0]), int(borders[-1]))
+    return RowSpans(np.diff(borders), start[mine], length[mine])

@@ -103,6 +103,8 @@ class Totals(NamedTuple):
     segments: int
     tokens: int
     targets: int
+    spans: int
+    pairs: int
     tokens_of_source: list[int]
     sha256: dict[Path, str]
     """Of every chunk file, hashed as it was written."""
@@ -175,7 +177,9 @@ def finish_split(task: SplitTask) -> Totals:
     for column in columns.values():
         column.finish()
         sha256 |= column.sha256
-    return Totals(plan.num_rows, int(counts[1]), int(tokens.sum()), targets, tokens.tolist(), sha256)
+    _, segments, spans = counts.tolist()
+    pairs = segments // 2 if task.kind == "preference" else 0
+    return Totals(plan.num_rows, segments, int(tokens.sum()), targets, spans, pairs, tokens.tolist(), sha256)
 
 
 def _add_pairs(columns: dict[str, arrays.ColumnWriter], segments_per_row: NDArray[np.int64], end: int) -> None:

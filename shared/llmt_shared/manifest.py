@@ -60,6 +60,10 @@ class SplitEntry(StrictModel):
     tokens: int
     """Real tokens, without padding."""
     targets: int
+    spans: int = 0
+    """Runs of targets, of chats and pairs; 0 for text, whose every token is one."""
+    pairs: int = 0
+    """0 but for preference data."""
 
 
 class Manifest(StrictModel):

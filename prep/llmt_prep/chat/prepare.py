@@ -26,6 +26,8 @@ class ChatSettings:
     fields: tuple[tuple[str, str], ...]
     template: str
     """Its text."""
+    tools_template: str | None = None
+    """The text of the template for conversations with tools, where there is one of its own."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
     system: str | None = None
     system_rate: float = 1.0

@@ -25,9 +25,9 @@ def chat_settings(config: MixConfig, inputs: Inputs, tokenizer: LoadedTokenizer)
     Raises:
         ConfigError: the template gives no clean targets, or a source's format cannot be told.
     """
-    assert config.kind != "pretrain", "of chats and pairs"
     template = load_template(config.chat.template, tokenizer)
     require_usable(template)
+    assert config.kind != "pretrain", "of chats and pairs"
     refused = [fault for fault, said in config.pairs.model_dump().items() if said == "error"]
     refused += ["without_targets"] if config.chat.without_targets == "error" else []
     return [
@@ -36,6 +36,7 @@ def chat_settings(config: MixConfig, inputs: Inputs, tokenizer: LoadedTokenizer)
             format=_format(config, inputs, source),
             fields=tuple(sorted(said.fields.items())),
             template=template.source,
+            tools_template=template.for_tools.source if template.for_tools else None,
             train_on=config.chat.train_on if config.kind == "sft" else "assistant",
             system=config.chat.system,
             system_rate=config.chat.system_rate,
@@ -52,6 +53,7 @@ def _format(config: MixConfig, inputs: Inputs, source: int) -> str:
         if said.format != "auto":
             reader(said.format, said.fields)  # knows the names of its fields
             return said.format
+        assert config.kind != "pretrain", "of chats and pairs"
         return detect(_first_records(config, inputs, source), config.kind, said.fields)
     except ConfigError as error:
         raise ConfigError(f"sources.{name}: {error}") from None

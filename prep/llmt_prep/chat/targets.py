@@ -20,7 +20,7 @@ class Runs(NamedTuple):
     """[N]; first token, counted from the text's first. Runs of a text ascend and share no token."""
     length: NDArray[np.int64]
     """[N]; at least 1."""
-    straddling: NDArray[np.bool_]
+    straddling: NDArray[np.int64]
     """[N]; how many of its tokens lie partly outside: 0, 1 or 2."""
 
 
@@ -38,13 +38,14 @@ def target_runs(
     begin, end = (extents.text[text] + spans.T).reshape(2, -1)
     start = np.searchsorted(extents.end, begin, "right")
     stop = np.searchsorted(extents.begin, end, "left")
-    straddling = _at(extents.begin, start) < begin
-    straddling = straddling.astype(np.int64) + (_at(extents.end, stop - 1) > end)
+    begins_before, ends_behind = _at(extents.begin, start) < begin, _at(extents.end, stop - 1) > end
     start = np.maximum(start, first_token[text] + 1)
     start[1:] = np.maximum(start[1:], stop[:-1])  # two spans may end and begin in one token
     kept = (stop > start) & (end > begin)
     text, start = text[kept], start[kept]
-    return Runs(text, start - first_token[text], stop[kept] - start, straddling[kept])
+    return Runs(
+        text, start - first_token[text], stop[kept] - start, (begins_before.astype(np.int64) + ends_behind)[kept]
+    )
 
 
 def _at(values: NDArray[np.int64], index: NDArray[np.intp]) -> NDArray[np.int64]:

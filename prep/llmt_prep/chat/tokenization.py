@@ -190,16 +190,16 @@ def _write(
 
 def _runs(batch: _Batch, encoding: Encoding) -> Runs:
     """The runs of target tokens of all texts."""
-    texts, places = [], []
+    text_of_span: list[int] = []
+    places: list[int] = []
     of_texts = ((text, spans) for each in batch.items for text, spans in zip(each.texts, each.spans, strict=True))
     for number, (text, spans) in enumerate(of_texts):
         if number not in encoding.reasons:
-            texts += [number] * len(spans)
+            text_of_span += [number] * len(spans)
             places += places_in(text, [place for span in spans for place in span], encoding.extents.is_bytes)
     lengths = encoding.encoded.lengths
-    first_token = np.cumsum(lengths) - lengths
-    spans = np.array(places, np.int64).reshape(-1, 2)
-    return target_runs(encoding.extents, first_token, np.array(texts, np.int64), spans)
+    table = np.array(places, np.int64).reshape(-1, 2)
+    return target_runs(encoding.extents, np.cumsum(lengths) - lengths, np.array(text_of_span, np.int64), table)
 
 
 def _targets(item: NDArray[np.intp], lengths: NDArray[np.int64], runs: Runs, is_kept: NDArray[np.bool_]) -> Targets:

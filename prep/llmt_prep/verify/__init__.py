@@ -19,11 +19,12 @@ from llmt_prep.tokenizer import LoadedTokenizer
 from llmt_prep.verify import arrays, books, files
 from llmt_prep.verify.findings import MEANINGS, Finding, attempt, finding
 from llmt_prep.verify.hits import Hit, merged
-from llmt_prep.verify.rows import Counted, Expected, check_rows, row_offset_findings
+from llmt_prep.verify.rows import Counted, Expected, check_rows, offset_findings
+from llmt_prep.verify.spans import pair_findings
 from llmt_prep.verify.special import surroundings
 from llmt_shared.config import StrictModel
 from llmt_shared.errors import FormatError
-from llmt_shared.manifest import NAME, Manifest, read_manifest
+from llmt_shared.manifest import NAME, Manifest, SplitEntry, read_manifest
 
 __all__ = ["MEANINGS", "Finding", "Verdict", "as_text", "find_problems", "to_json"]
 
@@ -130,7 +131,7 @@ def _check_split(
     mine = {place for place in damaged if place.startswith(f"{split}/")}
     found = _check_arrays(path, manifest, split, mine)
     if not found and not mine:
-        found = row_offset_findings(path / split, manifest.splits[split].segments)
+        found = _check_offsets(path / split, manifest.splits[split], manifest.kind)
     if found or mine:
         return found, None
     checked, failed = attempt("F010", split, _check_rows, path, manifest, split, companions, held_out)
@@ -138,6 +139,13 @@ def _check_split(
         return failed, None
     findings, counted = checked
     return [*findings, *books.manifest_sum_findings(counted, manifest, split)], counted
+
+
+def _check_offsets(split: Path, sizes: SplitEntry, kind: str) -> list[Finding]:
+    found = offset_findings(split, "row_offsets", sizes.segments)
+    if kind != "pretrain":
+        found += offset_findings(split, "span_offsets", sizes.spans)
+    return found + (pair_findings(split) if kind == "preference" else [])
 
 
 def _check_arrays(path: Path, manifest: Manifest, split: str, damaged: set[str]) -> list[Finding]:
@@ -155,11 +163,12 @@ def _check_rows(
 ) -> tuple[list[Finding], Counted]:
     mix, tokenizer = companions.mix, companions.tokenizer
     expected = Expected(
+        kind=manifest.kind,
         length=manifest.length,
         sources=manifest.sources,
         max_id=tokenizer.max_id if tokenizer else manifest.tokenizer.max_id,
         files=companions.files,
-        surroundings=surroundings(mix, tokenizer) if mix and tokenizer else None,
+        surroundings=surroundings(mix, tokenizer) if mix and tokenizer and mix.kind == "pretrain" else None,
         held_out=held_out,
     )
     hits: list[Hit] = []

@@ -22,7 +22,7 @@ def wanted_arrays(manifest: Manifest, split: str) -> dict[str, tuple[tuple[int, 
     """Shape and dtype of each array of a split."""
     sizes = manifest.splits[split]
     tokens = np.uint16 if manifest.tokenizer.max_id <= np.iinfo(np.uint16).max else np.uint32
-    return {
+    wanted: dict[str, tuple[tuple[int, ...], Any]] = {
         "tokens": ((sizes.rows, manifest.length), np.dtype(tokens)),
         "row_offsets": ((sizes.rows + 1,), np.dtype(np.int64)),
         "row_targets": ((sizes.rows,), np.dtype(np.uint32)),
@@ -31,6 +31,14 @@ def wanted_arrays(manifest: Manifest, split: str) -> dict[str, tuple[tuple[int, 
         "segment_document": ((sizes.segments,), np.dtype(np.uint64)),
         "segment_source": ((sizes.segments,), np.dtype(np.uint16)),
     }
+    if manifest.kind != "pretrain":
+        wanted["span_offsets"] = ((sizes.rows + 1,), np.int64)
+        wanted |= dict.fromkeys(("span_start", "span_length"), ((sizes.spans,), np.uint32))
+    if manifest.kind == "preference":
+        wanted["pair_offsets"] = ((sizes.rows + 1,), np.int64)
+        wanted["pair_segments"] = ((sizes.pairs, 2), np.uint64)
+        wanted["row_chosen_targets"] = ((sizes.rows,), np.uint32)
+    return {name: (shape, np.dtype(dtype)) for name, (shape, dtype) in wanted.items()}
 
 
 def misdescribed_arrays(directory: Path, manifest: Manifest, split: str) -> Iterator[Finding]:

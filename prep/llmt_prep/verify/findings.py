@@ -24,6 +24,8 @@ MEANINGS = {
     "F023": "padding is not 0",
     "F024": "row_targets is not what the segments give",
     "F025": "a segment's source or document does not exist",
+    "F027": "a span crosses a segment, holds its first token, overlaps another or is empty",
+    "F028": "a pair is not two neighbouring segments of its row and of one document",
     "F026": "the manifest's sums are not the arrays'",
     "F030": "the mix cannot be read, or is not this dataset's",
     "F031": "files.parquet cannot be read, or is not this dataset's",

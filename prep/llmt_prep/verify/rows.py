@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from llmt_prep import scan
 from llmt_prep.companions import InputFiles, file_of
 from llmt_prep.scan import Block
+from llmt_prep.verify import spans
 from llmt_prep.verify.findings import Finding, finding
 from llmt_prep.verify.hits import Hit, by_segment, in_rows
 from llmt_prep.verify.special import Surroundings, piece_balance, special_token_hits
-from llmt_shared.dataset import ChunkedArray
+from llmt_shared.dataset import ChunkedArray, SegmentTable
 from llmt_shared.segments import count_targets
 
 TOKENS_AT_ONCE = 1 << 22
@@ -27,6 +28,7 @@ TOKENS_AT_ONCE = 1 << 22
 class Expected(NamedTuple):
     """What the rows are compared with; ``None`` is not compared, for the file that says it is damaged."""
 
+    kind: str
     length: int
     sources: tuple[str, ...]
     max_id: int
@@ -55,9 +57,9 @@ class Counted:
         return cls(np.zeros(num_sources, np.int64), np.zeros(num_sources, np.int64))
 
 
-def row_offset_findings(split: Path, num_segments: int) -> list[Finding]:
-    """Check that row_offsets ascend from 0 to the number of segments: all else is read through them."""
-    array, name, before = ChunkedArray(split / "row_offsets"), f"{split.name}/row_offsets", 0
+def offset_findings(split: Path, name: str, total: int) -> list[Finding]:
+    """Check that offsets ascend from 0 to the number of what they count: all else is read through them."""
+    array, name, before = ChunkedArray(split / name), f"{split.name}/{name}", 0
     if array[:1].tolist() != [0]:
         return [finding("F020", name, f"starts at {array[:1].tolist()}; wanted 0")]
     for start in range(0, len(array), 1 << 20):
@@ -66,8 +68,8 @@ def row_offset_findings(split: Path, num_segments: int) -> list[Finding]:
         if falls.size:
             return [finding("F020", name, f"falls at row {start + int(falls[0])}")]
         before = part[-1]
-    if before != num_segments:
-        return [finding("F020", name, f"ends at {before}; wanted the number of segments, {num_segments}")]
+    if before != total:
+        return [finding("F020", name, f"ends at {before}; wanted {total}, as many as there are")]
     return []
 
 
@@ -77,7 +79,7 @@ def check_rows(
     """Yield, block by block, the number of rows and what is wrong in them.
 
     Args:
-        split: directory of the split, whose row_offsets are sound.
+        split: directory of the split, whose offsets are sound.
         expected: what to compare with.
         counted: sums, to which this adds.
         keeps_documents: collect the distinct documents.
@@ -89,6 +91,7 @@ def check_rows(
         is_laid_out = not any(hit.code in ("F021", "F022") for hit in hits)
         if is_laid_out:
             hits += _token_hits(block, tokens[mine], expected)
+            hits += _target_hits(block, split, expected)
         is_wrong = row_targets[mine] != _targets(block)
         hits += in_rows("F024", block.first_row, is_wrong, "row_targets is not the targets of its segments")
         counted.targets += int(row_targets[mine].sum(dtype=np.int64))
@@ -131,6 +134,28 @@ def _token_hits(block: Block, tokens_RL: NDArray[np.integer], expected: Expected
         yield from special_token_hits(block, tokens_RL, is_padding_RL, expected.surroundings)
 
 
+def _target_hits(block: Block, split: Path, expected: Expected) -> Iterator[Hit]:
+    """What is wrong with spans and pairs; the segments fit their rows."""
+    if expected.kind == "pretrain":
+        return
+    yield from spans.span_hits(block, expected.length)
+    if expected.kind == "sft":
+        yield from by_segment("F044", block, block.segments.offset > 0, "a later piece of a conversation")
+        return
+    yield from spans.pair_hits(block)
+    said = ChunkedArray(split / "row_chosen_targets")[block.first_row : block.first_row + len(block.segments.per_row)]
+    is_wrong = said != spans.chosen_targets(block, expected.length)
+    yield from in_rows("F024", block.first_row, is_wrong, "row_chosen_targets is not the targets of its chosen sides")
+
+
+def _begins(segments: SegmentTable, kind: str) -> NDArray[np.bool_]:
+    """[S] segments that begin a document: of a pair the chosen side, whose prompt may be cut from the left."""
+    if kind == "preference":
+        return np.arange(len(segments.offset)) % 2 == 0
+    is_first: NDArray[np.bool_] = np.equal(segments.offset, 0)
+    return is_first
+
+
 def _real(block: Block) -> NDArray[np.int64]:
     """[R] tokens of each row that are no padding."""
     lengths, num_rows = block.segments.length, len(block.segments.per_row)
@@ -138,7 +163,10 @@ def _real(block: Block) -> NDArray[np.int64]:
 
 
 def _targets(block: Block) -> NDArray[np.int64]:
-    """[R] targets of each row, as the segments give them."""
+    """[R] targets of each row, as the segments or spans give them."""
+    if block.spans is not None:
+        row = np.repeat(np.arange(len(block.spans.per_row)), block.spans.per_row)
+        return np.bincount(row, block.spans.length, len(block.spans.per_row)).astype(np.int64)
     per_segment, num_rows = count_targets(block.segments.length), len(block.segments.per_row)
     return np.bincount(block.row - block.first_row, per_segment, num_rows).astype(np.int64)
 
@@ -148,7 +176,7 @@ def _count(counted: Counted, block: Block, expected: Expected, keeps_documents: 
     known = segments.source < num_sources
     source, lengths = segments.source[known], segments.length[known]
     counted.tokens_of_source += np.bincount(source, lengths, num_sources).astype(np.int64)
-    begins = source[segments.offset[known] == 0]
+    begins = source[_begins(segments, expected.kind)[known]]
     counted.documents_of_source += np.bincount(begins, minlength=num_sources)
     if keeps_documents:
         counted.documents = np.union1d(counted.documents, segments.document)

@@ -54,7 +54,7 @@ def special_token_hits(
 ) -> Iterator[Hit]:
     """Check control tokens and the beginnings and ends of documents; all ids are known and segments fit their rows."""
     segments, tokens = block.segments, tokens_RL.ravel()
-    starts, ends = _borders(block, tokens_RL.shape[1])
+    starts, ends = borders(block, tokens_RL.shape[1])
     first, last, is_first = tokens[starts], tokens[ends], segments.offset == 0
     is_control = (expected.is_control[tokens_RL] & ~is_padding_RL).ravel()
     is_control[starts[is_first & (first == _id(expected.bos_id))]] = False
@@ -82,7 +82,7 @@ def piece_balance(block: Block, tokens_RL: NDArray[np.integer], expected: Surrou
     if not expected.pieces_join:
         return 0
     segments = block.segments
-    _, ends = _borders(block, tokens_RL.shape[1])
+    _, ends = borders(block, tokens_RL.shape[1])
     is_open = tokens_RL.ravel()[ends] != expected.eos_id
     is_later = segments.offset > 0
     end = segments.offset.astype(np.uint64) + segments.length
@@ -91,8 +91,8 @@ def piece_balance(block: Block, tokens_RL: NDArray[np.integer], expected: Surrou
     return int(opened.sum(dtype=np.uint64)) - int(joined.sum(dtype=np.uint64))
 
 
-def _borders(block: Block, length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """[S] places of each segment's first and last token in the block's R * L tokens."""
+def borders(block: Block, length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the [S] places of each segment's first and last token in the block's R * L tokens."""
     lengths = block.segments.length.astype(np.int64)
     past = np.cumsum(lengths)
     row = block.row - block.first_row
