@@ -47,14 +47,14 @@ def seam_finder(control_tokens: Sequence[str]) -> Callable[[str], bool]:
     strings = [*filter(None, control_tokens)]
     heads = {string[:cut] for string in strings for cut in range(1, len(string))}
     tails = {string[cut:] for string in strings for cut in range(1, len(string))}
-    last, first = {head[-1] for head in heads}, {tail[0] for tail in tails}
-    longest = max(map(len, strings), default=0)
+    first, last = {string[0] for string in strings}, {string[-1] for string in strings}
+    longest = max(map(len, strings), default=1)
 
     def find(text: str) -> bool:
-        if not text or (text[-1] not in last and text[0] not in first):
+        end, start = text[-longest:], text[:longest]
+        if not any(character in end for character in first) and not any(character in start for character in last):
             return False
-        sizes = range(1, min(longest, len(text) + 1))
-        return any(text[-size:] in heads or text[:size] in tails for size in sizes)
+        return any(text[-size:] in heads or text[:size] in tails for size in range(1, min(longest, len(text) + 1)))
 
     return find
 

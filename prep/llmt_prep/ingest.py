@@ -139,9 +139,9 @@ def _settings(
     if config.kind == "pretrain":
         text = TextSettings(special_tokens_in_text=config.special_tokens_in_text, bos=config.bos, eos=config.eos)
         return [text] * len(config.sources)
-    from llmt_prep.chat.settings import chat_settings  # text needs no templates
+    from llmt_prep.chat.settings import chat_settings, with_formats  # text needs no templates
 
-    return chat_settings(config, inputs, tokenizer)
+    return chat_settings(with_formats(config, inputs), tokenizer)
 
 
 def _shelve_tokenizer(config: MixConfig, cache: Path, tokenizer: LoadedTokenizer) -> Shelved:

@@ -127,7 +127,7 @@ def _build(config: MixConfig, workers: int, force: bool, rehash: bool) -> Built:
     tokenizer = _tokenizer(config)
     with clock("hash"):
         inputs = find_inputs(config, cache_of(config), workers, rehash=rehash, remember=True)
-    mix = resolved(config, inputs.commits, tokenizer.commit)
+    mix = resolved(_with_formats(config, inputs), inputs.commits, tokenizer.commit)
     recipe = recipe_of(mix, inputs.files, tokenizer.digest)
     if not force and (done := _finished(config.output, recipe)) is not None:
         staging.clear(config.output)  # what a `--force` left that was stopped and is not wanted any more
@@ -158,7 +158,20 @@ def _build(config: MixConfig, workers: int, force: bool, rehash: bool) -> Built:
 
 def _tokenizer(config: MixConfig) -> LoadedTokenizer:
     said = config.tokenizer
-    return load_tokenizer(said.path, said.revision, said.eos_token, said.bos_token)
+    tokenizer = load_tokenizer(said.path, said.revision, said.eos_token, said.bos_token)
+    if config.kind == "pretrain":
+        return tokenizer
+    from llmt_prep.chat.settings import with_template  # text needs no templates
+
+    return with_template(config.chat.template, tokenizer)
+
+
+def _with_formats(config: MixConfig, inputs: Inputs) -> MixConfig:
+    if config.kind == "pretrain":
+        return config
+    from llmt_prep.chat.settings import with_formats  # text needs no templates
+
+    return with_formats(config, inputs)
 
 
 def _check_output(output: Path) -> None:

@@ -89,7 +89,7 @@ def load_tokenizer(
     return LoadedTokenizer(
         backend=backend,
         files=files,
-        digest=_digest(files),
+        digest=digest_of(files),
         bos_id=ids.get("bos"),
         eos_id=ids.get("eos"),
         pad_id=ids.get("pad"),
@@ -212,7 +212,8 @@ def _control_tokens(backend: Tokenizer, ids: Mapping[str, int | None]) -> dict[i
     return {token_id: str(backend.id_to_token(token_id)) for token_id in sorted(special - {ids.get("unk")})}
 
 
-def _digest(files: Mapping[str, bytes]) -> str:
+def digest_of(files: Mapping[str, bytes]) -> str:
+    """Return the sha256 over names and contents."""
     return hashlib.sha256(b"".join(_framed(files))).hexdigest()
 
 

@@ -142,7 +142,7 @@ def _content_check(tokenizer: LoadedTokenizer) -> Callable[[Conversation, str, T
     could_join = seam_finder(tokenizer.control_tokens)
 
     def check(side: Conversation, text: str, template: Template) -> None:
-        contents = list(_strings((*side.messages, *side.tools)))
+        contents = [*_contents(side.messages), *_strings(side.tools)]
         if (string := find(("" if side.is_plain else "\x00").join(contents))) is not None:
             raise ControlString(f"a message holds the control string {string!r}")
         if side.is_plain or not any(map(could_join, contents)):
@@ -157,6 +157,16 @@ def _content_check(tokenizer: LoadedTokenizer) -> Callable[[Conversation, str, T
 def _set_apart(message: Message) -> Message:
     content = message.get("content")
     return {**message, "content": f"x{content}x"} if isinstance(content, str) and content else message
+
+
+def _contents(messages: Sequence[Message]) -> Iterator[str]:
+    """All strings of messages but their roles."""
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, str) and len(message) == 2:  # most have nothing else
+            yield content
+        else:
+            yield from _strings({key: value for key, value in message.items() if key != "role"})
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -1,39 +1,71 @@
 """What a mix says of its chats, source by source: the template's text, and the format that its first records show."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
 
 from llmt_prep import documents
-from llmt_prep.chat.formats import detect, reader
+from llmt_prep.chat.formats import FORMATS, detect, reader
 from llmt_prep.chat.lint import require_usable
 from llmt_prep.chat.prepare import ChatSettings
 from llmt_prep.chat.template import load_template
 from llmt_prep.config import MixConfig
 from llmt_prep.documents import Row
 from llmt_prep.inputs import Inputs, reading_of
-from llmt_prep.tokenizer import LoadedTokenizer
+from llmt_prep.tokenizer import LoadedTokenizer, digest_of
 from llmt_shared.errors import ConfigError
 
 _RECORDS = 64
 """Records that tell a source's format."""
+_TEMPLATE_FILE = "chat_template.jinja"
 
 
-def chat_settings(config: MixConfig, inputs: Inputs, tokenizer: LoadedTokenizer) -> list[ChatSettings]:
-    """Return what makes text and targets of each source's records.
+def with_template(said: str, tokenizer: LoadedTokenizer) -> LoadedTokenizer:
+    """Return the tokenizer with the template that a mix names for its own.
+
+    A dataset carries its tokenizer: so it says how its chats were rendered, and a trained model is exported with the
+    template that it learned.
 
     Raises:
-        ConfigError: the template gives no clean targets, or a source's format cannot be told.
+        ConfigError: there is no such template, or it gives no clean targets.
     """
-    template = load_template(config.chat.template, tokenizer)
+    template = load_template(said, tokenizer)
     require_usable(template)
+    if said == "auto":
+        return tokenizer
+    files = dict(sorted({**tokenizer.files, _TEMPLATE_FILE: template.source.encode()}.items()))
+    return replace(tokenizer, files=files, digest=digest_of(files))
+
+
+def with_formats(config: MixConfig, inputs: Inputs) -> MixConfig:
+    """Return the mix with the format of every source said.
+
+    Raises:
+        ConfigError: a source's format cannot be told by its first records.
+    """
+    sources = {
+        name: said.model_copy(update={"format": _format(config, inputs, number, name)})
+        for number, (name, said) in enumerate(config.sources.items())
+    }
+    return config.model_copy(update={"sources": sources})
+
+
+def chat_settings(config: MixConfig, tokenizer: LoadedTokenizer) -> list[ChatSettings]:
+    """Return what makes text and targets of each source's records.
+
+    Args:
+        config: a mix of chats or pairs, with its formats said.
+        tokenizer: the template is its own.
+    """
     assert config.kind != "pretrain", "of chats and pairs"
+    template = load_template("auto", tokenizer)
     refused = [fault for fault, said in config.pairs.model_dump().items() if said == "error"]
     refused += ["without_targets"] if config.chat.without_targets == "error" else []
     return [
         ChatSettings(
             kind=config.kind,
-            format=_format(config, inputs, source),
+            format=said.format,
             fields=tuple(sorted(said.fields.items())),
             template=template.source,
             tools_template=template.for_tools.source if template.for_tools else None,
@@ -43,20 +75,27 @@ def chat_settings(config: MixConfig, inputs: Inputs, tokenizer: LoadedTokenizer)
             special_tokens_in_text=config.special_tokens_in_text,
             refused=tuple(refused),
         )
-        for source, said in enumerate(config.sources.values())
+        for said in config.sources.values()
     ]
 
 
-def _format(config: MixConfig, inputs: Inputs, source: int) -> str:
-    name, said = list(config.sources.items())[source]
+def _format(config: MixConfig, inputs: Inputs, source: int, name: str) -> str:
+    said = config.sources[name]
+    assert config.kind != "pretrain", "of chats and pairs"
     try:
         if said.format != "auto":
+            _check_format(said.format, config.kind)
             reader(said.format, said.fields)  # knows the names of its fields
             return said.format
-        assert config.kind != "pretrain", "of chats and pairs"
         return detect(_first_records(config, inputs, source), config.kind, said.fields)
     except ConfigError as error:
         raise ConfigError(f"sources.{name}: {error}") from None
+
+
+def _check_format(name: str, kind: str) -> None:
+    if FORMATS[name].kind != kind:
+        fitting = ", ".join(each for each, found in FORMATS.items() if found.kind == kind)
+        raise ConfigError(f"format {name} is of {FORMATS[name].kind} data, and this mix is {kind}; wanted {fitting}")
 
 
 def _first_records(config: MixConfig, inputs: Inputs, source: int) -> Sequence[dict[str, Any]]:
