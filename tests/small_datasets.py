@@ -91,13 +91,13 @@ def build_chats(folder: Path, kind: str, **changes: Any) -> Path:
     saved = small_tokenizers.save(
         small_tokenizers.byte_level_bpe(), folder / "tokenizer", eos_token=small_tokenizers.EOT
     )
-    mix = {
+    mix: dict[str, Any] = {
         "kind": kind, "output": folder / "data", "tokenizer": str(saved), "chat": {"template": TEMPLATE}, "seed": 3,
         "sequence": {"length": 200, "overflow": "truncate" if kind == "sft" else "truncate_prompt"},
         "holdout": {"fraction": 0.15}, "shard_size": 4000, "workers": 1,
         "sources": {"one": {"path": str(corpus / f"{kind}.jsonl"), "epochs": 2}},
     }  # fmt: skip
-    return build_dataset(MixConfig.model_validate(mix | changes), workers=1).path
+    return build_dataset(MixConfig.model_validate(mix | changes)).path
 
 
 def copy(dataset: Path, target: Path) -> Path:

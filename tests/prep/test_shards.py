@@ -258,6 +258,28 @@ def test_the_reader_gives_the_labels_of_the_chats(tmp_path: Path, kind: str) -> 
         assert row.labels.tolist() == [token if flag else IGNORE for token, flag in following]
 
 
+@KINDS
+@pytest.mark.parametrize("num_rows", [0, 1, 30])
+def test_the_reader_gives_the_spans_and_pairs_of_rows_in_any_order(tmp_path: Path, kind: str, num_rows: int) -> None:
+    task = chat_task(tmp_path, kind)
+    build(task)
+    stored = stored_arrays(task)
+    split = Split(task.data_directory, has_spans=True, has_pairs=kind == "preference")
+    rows = np.random.default_rng(num_rows).integers(0, split.num_rows, num_rows)  # with repeats
+    spans, pairs, wanted = split.spans(rows), split.pairs(rows), expected_rows(kind, stored)
+    assert spans is not None
+    held = [token for start, n in zip(spans.start, spans.length, strict=True) for token in range(start, start + n)]
+    flat = [flag for row in rows for flag in wanted[row][1]]
+    assert held == [token for token, is_target in enumerate(flat) if is_target]
+    if pairs is None:
+        assert kind == "sft"
+        return
+    segments = split.segments(rows)
+    assert pairs.segments.ravel().tolist() == list(range(len(segments.length)))
+    assert (2 * pairs.per_row).tolist() == segments.per_row.tolist()
+    assert pairs.chosen_targets.tolist() == stored["row_chosen_targets"][rows].tolist()
+
+
 def test_each_pair_is_two_neighbours_of_a_row_and_its_chosen_targets_are_counted(tmp_path: Path) -> None:
     task = chat_task(tmp_path, "preference")
     build(task)
