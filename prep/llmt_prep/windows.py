@@ -23,7 +23,8 @@ def windows(sources: Sequence[Source], mixture: Mixture, window_documents: int) 
 
     A document's place is the share of its source's tokens that come before its middle, and all sources are merged by
     place: up to any point they have given the same share of their tokens, within half a document. Memory: of each
-    source one group, 12 bytes a document and so at most 13 MB, and one piece; besides, about one window.
+    source one group, 12 bytes a document (20 of chats and pairs) and so at most 13 MB (21), and one piece; besides,
+    about one window.
     """
     streams = [_placed(source, selection) for source, selection in zip(sources, mixture.selections, strict=True)]
     return in_windows(_merged(streams), window_documents)
