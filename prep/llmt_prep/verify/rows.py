@@ -150,10 +150,8 @@ def _target_hits(block: Block, split: Path, expected: Expected) -> Iterator[Hit]
 
 def _begins(segments: SegmentTable, kind: str) -> NDArray[np.bool_]:
     """[S] segments that begin a document: of a pair the chosen side, whose prompt may be cut from the left."""
-    if kind == "preference":
-        return np.arange(len(segments.offset)) % 2 == 0
-    is_first: NDArray[np.bool_] = np.equal(segments.offset, 0)
-    return is_first
+    place = np.arange(len(segments.offset)) % 2 if kind == "preference" else segments.offset
+    return np.equal(place, 0)
 
 
 def _real(block: Block) -> NDArray[np.int64]:
