@@ -1,6 +1,6 @@
 """Byte-pair encoding of one string against the `tokenizers` library, and the merges that make a string one token."""
 
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
@@ -44,8 +44,8 @@ def test_every_string_that_was_joined_is_one_token_in_the_end(pairs, wanted):
 def test_a_text_without_what_was_made_is_encoded_as_before(pairs, wanted, text):
     merges = {pair: rank for rank, pair in enumerate(pairs)}
     made = join(wanted, merges)
-    assume(not any(token in text for token in made))
-    assert reference(list(merges), text) == reference(pairs, text)
+    if not any(token in text for token in made):
+        assert reference(list(merges), text) == reference(pairs, text)
 
 
 @given(merge_lists(), pieces)
