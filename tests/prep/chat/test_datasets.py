@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -280,6 +281,7 @@ def test_records_of_no_known_format_are_refused_with_what_they_hold(build):
         build([{"question": "a", "answer": "b"}])
 
 
+_NUMBER = count()
 JUNK = st.recursive(
     st.none() | st.booleans() | st.integers(-5, 5) | st.text(max_size=4) | st.sampled_from(["assistant", "user"]),
     lambda inner: (
@@ -294,11 +296,11 @@ MESSAGES = st.lists(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15)
-@given(st.lists(st.one_of(MESSAGES, JUNK), max_size=12))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=6)
+@given(st.lists(st.one_of(MESSAGES, JUNK), max_size=40))
 def test_fuzzed_conversations_end_in_quarantine_or_in_right_masks(build, tokenizer_dir, fuzzed):
     records = [chat("Hi", "Hello"), *({"messages": each} for each in fuzzed)]
-    dataset = build(records, source={"format": "messages"}, sequence={"length": 2000})
+    dataset = build(records, name=f"fuzz-{next(_NUMBER)}", source={"format": "messages"}, sequence={"length": 2000})
     found = {record: (ids, mask) for record, ids, mask in as_rows(dataset)}
     counted = books(dataset)
     assert len(found) + counted["quarantined"] + sum(counted["left_out"].values()) == len(records)
