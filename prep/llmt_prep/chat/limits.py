@@ -14,8 +14,10 @@ OUTPUT_BASE = 65_536
 OUTPUT_FACTOR = 16
 """The text of a conversation of n characters has at most OUTPUT_FACTOR * n + OUTPUT_BASE."""
 
-MAX_STEPS = 100_000_000
-"""Parts of the template that are evaluated, about 20 ns each."""
+STEPS_BASE = 10_000_000
+STEPS_FACTOR = 64
+"""The template of a conversation of n characters is evaluated in at most STEPS_FACTOR * n + STEPS_BASE steps: parts of
+its source, at 20 to 100 ns each. Templates in use take about 500 for a message."""
 
 MAX_SECONDS = 60.0
 """CPU time of the thread."""
@@ -40,8 +42,8 @@ class Meter:
         """Begin a rendering of an input of so many characters."""
         self.max_size = OUTPUT_FACTOR * input_size + OUTPUT_BASE
         self._characters = _MADE_FACTOR * self.max_size
-        self._steps = MAX_STEPS
-        self._next_look = MAX_STEPS - _STEPS_BETWEEN_LOOKS
+        self.max_steps = self._steps = STEPS_FACTOR * input_size + STEPS_BASE
+        self._next_look = self._steps - _STEPS_BETWEEN_LOOKS
         self._deadline: float | None = None
 
     def spend(self, steps: int, characters: int = 0) -> None:
@@ -59,7 +61,7 @@ class Meter:
         if self._characters < 0:
             raise LimitError(f"it makes too much text for its input: the text may have {self.max_size} characters")
         if self._steps < 0:
-            raise LimitError(f"it does not come to an end: more than {MAX_STEPS} steps")
+            raise LimitError(f"it does not come to an end: more than {self.max_steps} steps")
         self._next_look = max(0, self._steps - _STEPS_BETWEEN_LOOKS)
         now = time.thread_time()
         self._deadline = self._deadline or now + MAX_SECONDS

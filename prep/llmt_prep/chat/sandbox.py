@@ -42,6 +42,7 @@ _CAPTURING = (nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.AssignBlock
 _DICT_ATTRIBUTES = frozenset(dir(dict))
 _STR_METHODS = frozenset(name for name in dir(str) if not name.startswith(("_", "format")))
 _PRINTABLE = (str, int, float, list, tuple, dict, Undefined)
+_LOOP_STEPS, _CALL_STEPS = 5, 20  # beside those of the body
 _SPEND, _WEIGH = "spend ", "weigh "  # names that no template can say
 _WIDE_PERCENT = re.compile(r"%[^a-zA-Z%]*(?:\*|\d{4})")
 _WIDE_SPEC = re.compile(r"\d{4}|\{")
@@ -286,7 +287,7 @@ def _count_steps(tree: nodes.Template) -> None:
     """Make loops and macros count their steps, and variables that may grow be weighed."""
     node: Any
     for node in list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock))):
-        steps = _steps(node)
+        steps = _steps(node) + (_LOOP_STEPS if isinstance(node, nodes.For) else _CALL_STEPS)
         node.body.insert(0, nodes.ExprStmt(_spend(steps, node.lineno), lineno=node.lineno))
         if isinstance(node, nodes.For) and node.test is not None:
             node.test = nodes.And(_spend(steps, node.lineno), node.test, lineno=node.lineno)
@@ -297,11 +298,11 @@ def _count_steps(tree: nodes.Template) -> None:
 
 
 def _steps(node: nodes.Node) -> int:
-    """At least 1; the parts of a body, and its text by 8 characters."""
+    """The parts of a body, and its text by 8 characters."""
     texts: Iterator[Any] = (part.data for part in node.find_all(nodes.TemplateData))
     constants = (part.value for part in node.find_all(nodes.Const) if isinstance(part.value, str))
     characters = sum(map(len, (*texts, *constants)))
-    return 1 + sum(1 for _ in node.find_all(nodes.Node)) + characters // 8
+    return sum(1 for _ in node.find_all(nodes.Node)) + characters // 8
 
 
 def _spend(steps: int, line: int) -> nodes.Filter:
@@ -335,7 +336,7 @@ def _metered(meter: Meter, name: str, function: Callable[..., Any]) -> Callable[
     @wraps(function)
     def metered(*args: Any, **kwargs: Any) -> Any:
         value = args[place]
-        meter.spend(1 + (len(value) >> 3 if isinstance(value, _SIZED) else 0))
+        meter.spend(_CALL_STEPS + _steps_through(value))
         if check is not None:
             check(meter, value, [*args[place + 1 :], *kwargs.values()])
         result = function(*args, **kwargs)
@@ -344,6 +345,13 @@ def _metered(meter: Meter, name: str, function: Callable[..., Any]) -> Callable[
         return result
 
     return metered
+
+
+def _steps_through(value: Any) -> int:
+    """What it takes to look at all of a value once."""
+    if isinstance(value, (str, bytes)):
+        return len(value) >> 6
+    return len(value) if isinstance(value, _SIZED) else 0
 
 
 def _check_operands(meter: Meter, operator: str, left: Any, right: Any) -> None:
@@ -375,7 +383,7 @@ def _require_narrow(pattern: Any) -> None:
 
 def _check_method(meter: Meter, owner: Any, name: str, args: Sequence[Any]) -> None:
     """Look at what a method is to do: the result may not fit into memory."""
-    meter.spend(1 + (len(owner) >> 6 if isinstance(owner, (str, bytes)) else 0))
+    meter.spend(_CALL_STEPS + _steps_through(owner))
     if name in _UNKNOWN_METHODS:
         raise SecurityError(f"the method {name!r} is not offered to chat templates")
     if name == "replace":
