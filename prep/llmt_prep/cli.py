@@ -93,18 +93,32 @@ def pack(
 
 
 @app.command()
-def stats(dataset: Dataset, as_json: Json = False) -> None:
+def stats(
+    dataset: Dataset,
+    html: Annotated[
+        Path | None, typer.Option(help="Also write one page with plots, tables and sample rows.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Show what is in a dataset: sources, lengths, fill, repeated documents, the ledger.
 
-    Example:
+    Examples:
 
         llmt-prep stats data/pt8k --json
+
+        llmt-prep stats data/pt8k --html report.html
     """
+    from llmt_prep.html import require_page, write_page
     from llmt_prep.report import as_json as to_json
     from llmt_prep.stats import dataset_stats, render
     from llmt_shared.dataset import open_dataset
 
-    result = dataset_stats(open_dataset(dataset))
+    if html is not None:
+        require_page(dataset, html)
+    opened = open_dataset(dataset)
+    result = dataset_stats(opened)
+    if html is not None:
+        write_page(opened, result, html)
     typer.echo(to_json(result) if as_json else render(result))
 
 

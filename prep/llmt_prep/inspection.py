@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import groupby
 
 import numpy as np
@@ -205,6 +206,7 @@ def _bytes(token: str, bytes_of: dict[str, int]) -> bytes:
     return token.encode()
 
 
+@lru_cache(maxsize=1)  # the whole tokenizer as JSON, which is slow, once and not for every segment
 def _byte_alphabet(tokenizer: Tokenizer) -> dict[str, int]:
     """The characters that stand for bytes in a byte-level vocabulary; empty for another kind.
 
