@@ -50,6 +50,8 @@ class SegmentView(StrictModel):
     offset: int
     """Tokens of the document before the segment."""
     length: int
+    side: str | None
+    """``chosen`` or ``rejected``, of a preference pair."""
     tokens: tuple[TokenRun, ...]
 
 
@@ -135,6 +137,7 @@ def _segments(dataset: Dataset, row: Row, is_target: NDArray[np.bool_]) -> Itera
             document=document,
             offset=offset,
             length=length,
+            side=("chosen", "rejected")[(number - 1) % 2] if dataset.manifest.kind == "preference" else None,
             tokens=tuple(_runs(tokenizer, row.tokens[mine].tolist(), is_target[mine].tolist(), control)),
         )
 
@@ -221,8 +224,9 @@ def _byte_alphabet(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def _title(segment: SegmentView) -> str:
+    side = f"{segment.side}  " if segment.side else ""
     return (
-        f"{segment.number}  {segment.source}  {escaped(segment.place)}  offset {count(segment.offset)}  "
+        f"{segment.number}  {side}{segment.source}  {escaped(segment.place)}  offset {count(segment.offset)}  "
         f"{count(segment.length)} tokens"
     )
 

@@ -12,8 +12,9 @@ from typing import Any
 from plotly.graph_objects import Bar, Figure
 
 from llmt_prep.html.row_counts import Bin, Bins
+from llmt_prep.lengths import Lengths
 from llmt_prep.report import count, percent
-from llmt_prep.stats import Lengths, SourceStats
+from llmt_prep.stats import SourceStats
 
 _LONGEST_NAME = 17
 _TICKS = 5

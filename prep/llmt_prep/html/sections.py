@@ -8,8 +8,9 @@ from llmt_prep.html import plots
 from llmt_prep.html.row_counts import bins, row_counts
 from llmt_prep.html.samples import Sample, samples
 from llmt_prep.ledger import SourceLedger
+from llmt_prep.lengths import Lengths
 from llmt_prep.report import count, percent
-from llmt_prep.stats import Lengths, SourceStats, SplitStats, Stats
+from llmt_prep.stats import SourceStats, SplitStats, Stats
 from llmt_shared.dataset import Dataset
 
 

@@ -7,7 +7,8 @@ import pytest
 
 from llmt_prep.html import plots
 from llmt_prep.html.row_counts import Bin, Bins
-from llmt_prep.stats import Lengths, SourceStats
+from llmt_prep.lengths import Lengths
+from llmt_prep.stats import SourceStats
 
 HISTOGRAM = (0, 2, 8, 0, 0, 5)
 
