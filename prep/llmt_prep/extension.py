@@ -10,13 +10,14 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from llmt_prep.bpe import Merges, join
+from llmt_prep.report import count, escaped
 from llmt_prep.tokenizer import BACKEND_FILE, LoadedTokenizer, load_tokenizer
 from llmt_shared import durable
 from llmt_shared.errors import ConfigError
@@ -98,6 +99,22 @@ def extend_tokenizer(
         vocab_size=written.vocab_size,
         max_id=written.max_id,
     )
+
+
+def render_extended(extended: Extended, out: Path, as_json: bool) -> str:
+    """Return what `tokenizer extend` prints."""
+    if as_json:
+        return json.dumps({"path": str(out)} | asdict(extended), indent=1)
+    added = f"{count(len(extended.added))} new by merges, {count(len(extended.as_added_tokens))} cut out of the text"
+    others = f"{count(len(extended.special))} special, {count(len(extended.already_there))} were there already"
+    lines = [
+        f"{out}: {count(extended.vocab_size)} tokens, ids up to {count(extended.max_id)}",
+        f"{added}, {others}",
+    ]
+    if extended.intermediates:
+        some = escaped(", ".join(extended.intermediates[:12])) + (", .." if len(extended.intermediates) > 12 else "")
+        lines.append(f"{count(len(extended.intermediates))} made on the way to them: {some}")
+    return "\n".join(lines)
 
 
 def read_tokens(path: Path) -> list[str]:

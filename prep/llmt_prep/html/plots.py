@@ -44,14 +44,15 @@ def mixture(sources: Mapping[str, SourceStats]) -> Figure:
     return figure.update_layout(yaxis2=_AXIS | lines | {"overlaying": "y", "side": "right", "ticktext": shares})
 
 
-def segment_lengths(sources: Mapping[str, Lengths], row_length: int) -> Figure:
+def small_histograms(sources: Mapping[str, Lengths], row_length: int, axis: str) -> Figure:
     """A small histogram for each source, on one axis that doubles from mark to mark; a mark at the median.
 
     Args:
         sources: by the name that is shown, in the order of the plot.
         row_length: tokens.
+        axis: what has so many tokens, such as ``tokens of a segment``.
     """
-    figure = Figure(layout=_layout(_height(len(sources), 56), "tokens of a segment"))
+    figure = Figure(layout=_layout(_height(len(sources), 56), axis))
     figure.add_trace(_small_histograms(sources, row_length))
     known = [(_MIDDLE - place, lengths.p50) for place, lengths in enumerate(sources.values()) if lengths.max]
     figure.add_scatter(
@@ -135,13 +136,13 @@ def _small_histograms(sources: Mapping[str, Lengths], row_length: int) -> Bar:
             hover = _bucket_hover(name, lengths, bucket, row_length)
             bars.append((bucket + 0.5, 0.9 * segments / top, -place, hover))
     x, y, base, hovers = zip(*bars, strict=True)
-    return Bar(x=x, y=y, base=base, width=0.94, hovertext=hovers, hoverinfo="text", name="share of the segments")
+    return Bar(x=x, y=y, base=base, width=0.94, hovertext=hovers, hoverinfo="text", name="share")
 
 
 def _bucket_hover(name: str, lengths: Lengths, bucket: int, row_length: int) -> str:
     lengths_of_bucket = _range(1 << bucket, min((2 << bucket) - 1, row_length))
     segments, total = lengths.histogram[bucket], max(1, sum(lengths.histogram))
-    share = f"{count(segments)} segments, {percent(segments / total)}"
+    share = f"{count(segments)}, {percent(segments / total)}"
     return f"<b>{escape(name)}</b><br>{lengths_of_bucket} tokens<br>{share}"
 
 

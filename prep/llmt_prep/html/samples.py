@@ -26,6 +26,8 @@ class Piece(NamedTuple):
     """A segment, or its beginning."""
 
     number: int
+    side: str
+    """``chosen`` or ``rejected``, of a preference pair; else empty."""
     source: str
     place: str
     offset: int
@@ -76,6 +78,7 @@ def _piece(segment: SegmentView) -> Piece:
     shown, rest = segment.tokens[:_MOST_OF_SEGMENT], segment.tokens[_MOST_OF_SEGMENT:]
     return Piece(
         number=segment.number,
+        side=segment.side or "",
         source=segment.source,
         place=escaped(segment.place),
         offset=segment.offset,

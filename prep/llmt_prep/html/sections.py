@@ -11,6 +11,7 @@ from llmt_prep.ledger import SourceLedger
 from llmt_prep.lengths import Lengths
 from llmt_prep.report import count, percent
 from llmt_prep.stats import SourceStats, SplitStats, Stats
+from llmt_prep.target_stats import TargetStats
 from llmt_shared.dataset import Dataset
 
 
@@ -44,6 +45,8 @@ def sections(dataset: Dataset, stats: Stats) -> Iterator[Section]:
     yield _mixture(stats)
     yield _lengths(stats)
     yield _rows(dataset, stats)
+    if stats.splits["train"].trained is not None:
+        yield _trained(stats, stats.splits["train"].trained)
     yield _sources(stats)
     yield _ledger(stats)
     yield _samples(dataset)
@@ -68,7 +71,7 @@ def _lengths(stats: Stats) -> Section:
     lengths = {name: source.lengths for name, source in sources.items()}
     if len(lengths) > 1:
         lengths = {"all sources": split.lengths} | lengths
-    figure = plots.segment_lengths(_drawn(lengths), stats.length)
+    figure = plots.small_histograms(_drawn(lengths), stats.length, "tokens of a segment")
     return Section(
         "Segment lengths",
         "A segment is what attention sees as a whole: a document, or a piece of one that is longer than a row. "
@@ -110,6 +113,28 @@ def _rows(dataset: Dataset, stats: Stats) -> Section:
             Plot(plots.rows_by(bins(counts.targets), "targets in a row"), "Histogram of the targets in a row"),
         ],
         tables=[_splits_table(stats)],
+    )
+
+
+def _trained(stats: Stats, trained: TargetStats) -> Section:
+    lengths = {"spans of targets": trained.lengths}
+    pairs = trained.pairs
+    if pairs is not None:
+        lengths |= {"prompt": pairs.prompt, "chosen side": pairs.chosen, "rejected side": pairs.rejected}
+    text = (
+        f"{percent(trained.share)} of the tokens are targets, in {count(trained.spans)} spans: turns that are trained "
+        f"on. {percent(trained.ends_turn)} of them end with the token that ends a turn."
+    )
+    return Section(
+        "Turns and pairs" if pairs is not None else "Turns",
+        text + (f" Both sides of {count(pairs.pairs)} pairs lie in one row each." if pairs is not None else ""),
+        plots=[
+            Plot(
+                plots.small_histograms(lengths, stats.length, "tokens"),
+                "Histogram of the lengths of what is trained on",
+            )
+        ],
+        tables=[Table("Tokens", _QUANTILES, [_length_line(name, each) for name, each in lengths.items()])],
     )
 
 
@@ -158,14 +183,14 @@ def _ledger(stats: Stats) -> Section:
 
 
 def _records_table(stats: Stats) -> Table:
-    header = ["source", "files", "records", "documents", "empty", "quarantined", "with control strings"]
+    header = ["source", "files", "records", "documents", "empty", "quarantined", "left out", "with control strings"]
 
     def line(name: str, books: SourceLedger) -> list[str]:
         numbers = (books.files, books.records, books.documents.documents, books.empty, books.quarantined)
-        return [name, *map(count, (*numbers, books.with_control_strings))]
+        return [name, *map(count, (*numbers, sum(books.left_out.values()), books.with_control_strings))]
 
     lines = [line(name, books) for name, books in stats.ledger.sources.items()]
-    return Table("records = documents + empty + quarantined", header, lines)
+    return Table("records = documents + empty + quarantined + left out", header, lines)
 
 
 def _tokens_table(stats: Stats) -> Table:

@@ -39,7 +39,7 @@ def test_a_source_that_is_not_weighted_wants_nothing():
 
 
 def test_bars_of_lengths_stand_on_the_line_of_their_source():
-    figure = plots.segment_lengths({"web": lengths(), "code": lengths((1, 0, 0, 0, 0, 0))}, 48)
+    figure = plots.small_histograms({"web": lengths(), "code": lengths((1, 0, 0, 0, 0, 0))}, 48, "tokens")
     bars = figure.data[0]
     assert list(bars.base) == [0] * 6 + [-1] * 6
     assert list(bars.x) == [0.5, 1.5, 2.5, 3.5, 4.5, 5.5] * 2
@@ -47,14 +47,16 @@ def test_bars_of_lengths_stand_on_the_line_of_their_source():
 
 
 def test_bars_of_lengths_say_what_they_hold():
-    hover = plots.segment_lengths({"web": lengths()}, 48).data[0].hovertext
+    hover = plots.small_histograms({"web": lengths()}, 48, "tokens").data[0].hovertext
     assert hover[2] == "<b>web</b><br>4 to 7 tokens<br>8 segments, 53.33 %"
     assert "<br>1 tokens<br>" in hover[0]
     assert "<br>32 to 48 tokens<br>" in hover[5]  # no segment is longer than a row
 
 
 def test_the_median_stands_where_it_is_on_the_doubling_axis():
-    figure = plots.segment_lengths({"a": lengths(p50=8), "none": lengths((0,) * 6, 0), "b": lengths(p50=6)}, 48)
+    figure = plots.small_histograms(
+        {"a": lengths(p50=8), "none": lengths((0,) * 6, 0), "b": lengths(p50=6)}, 48, "tokens of a segment"
+    )
     assert list(figure.data[1].x) == [3, math.log2(6)]
     assert [round(place) for place in figure.data[1].y] == [0, -2]
 
@@ -62,7 +64,7 @@ def test_the_median_stands_where_it_is_on_the_doubling_axis():
 def test_a_longer_row_has_no_more_marks_than_fit_a_narrow_screen():
     for bits in range(1, 32):
         histogram = (1,) * bits
-        axis = plots.segment_lengths({"a": lengths(histogram)}, (1 << bits) - 1).layout.xaxis
+        axis = plots.small_histograms({"a": lengths(histogram)}, (1 << bits) - 1, "tokens").layout.xaxis
         assert len(axis.tickvals) == len(axis.ticktext) <= 8
 
 
@@ -106,12 +108,15 @@ def test_long_names_keep_both_ends_and_their_whole_in_what_hovers():
 def test_a_name_is_no_markup_in_a_plot():
     """Plots understand some HTML, links among it."""
     name = "<a href='x'>"
-    mixed, measured = plots.mixture({name: source(1, 1)}), plots.segment_lengths({name: lengths()}, 48)
+    mixed, measured = (
+        plots.mixture({name: source(1, 1)}),
+        plots.small_histograms({name: lengths()}, 48, "tokens"),
+    )
     for figure in (mixed, measured):
         assert "<a" not in figure.to_json().replace("\\u003c", "<")
 
 
 def test_no_figure_brings_colours_of_its_own():
-    figures = [plots.mixture({"a": source(1, 1)}), plots.segment_lengths({"a": lengths()}, 48)]
+    figures = [plots.mixture({"a": source(1, 1)}), plots.small_histograms({"a": lengths()}, 48, "tokens")]
     for figure in [*figures, plots.rows_by(Bins(None, (Bin(0, 9, 1),)), "x")]:
         assert "color" not in figure.to_json()
