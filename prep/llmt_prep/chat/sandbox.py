@@ -49,7 +49,7 @@ _DICT_ATTRIBUTES = frozenset(dir(dict))
 _STR_METHODS = frozenset(name for name in dir(str) if not name.startswith(("_", "format")))
 _PRINTABLE = (str, int, float, list, tuple, dict, Undefined)
 _LOOP_STEPS = 5  # of an iteration, beside those of its body
-_SPEND, _WEIGH = "spend ", "weigh "  # names that no template can say
+_SPEND, _WEIGH = "spend ", "weigh "  # names that no template can say, but to `map`
 
 
 class Compiled(NamedTuple):

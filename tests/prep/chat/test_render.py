@@ -195,12 +195,14 @@ def test_a_turn_without_a_control_token_keeps_its_whitespace(loaded):
 
 
 def test_a_content_may_hold_the_characters_that_mark_turns(loaded, chatml):
+    every = "".join(map(chr, range(0xFDD0, 0xFDF0)))
     for content in ("\ufdd0", "\ufdd1\ufdd0", "\ufdd2\ufdd0", "".join(map(chr, range(0xFDD0, 0xFDEE)))):
         rendered = render(chatml, chat(("user", content), ("assistant", content)))
         assert rendered.text.count(content) == 2
         assert written(rendered) == [f"{content}<|im_end|>"]
+    assert render(load_template(CHATML, loaded), chat(("user", every))).turns == ()
     with pytest.raises(ValueError, match="none is left to mark turns with"):
-        render(load_template("chatml", loaded), chat(("user", "".join(map(chr, range(0xFDD0, 0xFDF0))))))
+        render(load_template("chatml", loaded), chat(("user", every)))
 
 
 def test_a_template_that_rewrites_the_past_names_the_first_differing_turn(loaded):
