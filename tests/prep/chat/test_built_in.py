@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_chats import tokenizer
+from generated_chats import tokenizer
 
 from llmt_prep.chat.messages import Conversation
 from llmt_prep.chat.render import render

@@ -1,7 +1,7 @@
 """What is found about templates is what they do, and what cannot be used is refused before any data is read."""
 
 import pytest
-from small_chats import OF_TOKENIZERS, tokenizer
+from generated_chats import OF_TOKENIZERS, tokenizer
 
 from llmt_prep.chat.lint import PROBES, lint, require_usable
 from llmt_prep.chat.template import BUILT_IN, load_template

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import small_chats
+import generated_chats
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from small_chats import OF_TOKENIZERS, as_json, conversations, tokenizer
+from generated_chats import OF_TOKENIZERS, as_json, conversations, tokenizer
 from tokenizers import Encoding
 
 from llmt_prep.chat.messages import Conversation
@@ -86,7 +86,7 @@ def generated(name: str, count: int) -> list[Conversation]:
 
 
 def by_transformers(jobs: list[dict[str, Any]]) -> Any:
-    script = Path(small_chats.__file__).with_name("transformers_chats.py")
+    script = Path(generated_chats.__file__).with_name("transformers_chats.py")
     result = subprocess.run(
         [sys.executable, str(script)], input=json.dumps(jobs), capture_output=True, text=True, check=False
     )

@@ -5,7 +5,7 @@ import pickle
 from pathlib import Path
 
 import pytest
-from small_chats import BOS_AND_EOS, tokenizer
+from generated_chats import BOS_AND_EOS, tokenizer
 from small_tokenizers import byte_level_bpe, save
 
 from llmt_prep.chat.messages import Conversation
