@@ -74,22 +74,29 @@ class Meter:
             raise LimitError(f"it makes a value of {size} characters or items; at most {self.max_size} are allowed")
 
     def require_weight(self, value: Any) -> Any:
-        """Return a value that, written out, is no longer than a text may be.
+        """Return a value that, written out, is no longer than a text may be."""
+        self.weigh(value)
+        return value
+
+    def weigh(self, value: Any) -> int:
+        """Return about how long a value is when it is written out.
 
         What is inside several times counts several times: lists that hold a list twice, forty levels deep, are small
         in memory and endless as text.
-        """
-        if type(value) is str:
-            self.require_size(len(value))
-        elif isinstance(value, (dict, list, tuple)):
-            self._weigh(value)
-        return value
 
-    def _weigh(self, value: Any) -> None:
-        weight, stack = 0, [value]
+        Raises:
+            LimitError: it is longer than a text may be.
+        """
+        if isinstance(value, str):
+            self.require_size(len(value))
+            return len(value)
+        return self._weigh_parts(value) if isinstance(value, (dict, list, tuple)) else 1
+
+    def _weigh_parts(self, value: Any) -> int:
+        num_parts, weight, stack = 0, 0, [value]
         while stack:
             part = stack.pop()
-            weight += 1
+            num_parts += 1
             if isinstance(part, str):
                 weight += len(part)
             elif isinstance(part, dict):
@@ -97,6 +104,6 @@ class Meter:
                 stack.extend(part.values())
             elif isinstance(part, (list, tuple)):
                 stack.extend(part)
-            if weight + len(stack) > self.max_size:
-                self.require_size(weight + len(stack))
-        self.spend(weight >> 3)
+            self.require_size(num_parts + weight + len(stack))
+        self.spend(num_parts)
+        return num_parts + weight

@@ -109,8 +109,8 @@ def require_usable(template: Template) -> None:
         )
     if not template.has_generation_marks and _before(written, answer) and _asks_nothing(template):
         raise ConfigError(
-            f"chat template {template.name}: it has no prompt for an answer (add_generation_prompt changes nothing), so the "
-            f"header {_before(written, answer)!r} of turn 2 (assistant) cannot be told from its content; {way_out}"
+            f"chat template {template.name}: it has no prompt for an answer (add_generation_prompt changes nothing): "
+            f"the header {_before(written, answer)!r} of turn 2 (assistant) cannot be told from its content; {way_out}"
         )
 
 
