@@ -10,7 +10,7 @@ import small_datasets
 import small_tokenizers
 from tokenizers import Tokenizer, decoders, models
 
-from llmt_prep.inspection import RowView, token_runs, inspect_row, render
+from llmt_prep.inspection import RowView, inspect_row, render, token_runs
 from llmt_prep.report import as_json
 from llmt_shared.dataset import Dataset, open_dataset
 from llmt_shared.errors import ConfigError, FormatError

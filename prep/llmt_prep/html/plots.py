@@ -142,7 +142,7 @@ def _small_histograms(sources: Mapping[str, Lengths], row_length: int) -> Bar:
 def _bucket_hover(name: str, lengths: Lengths, bucket: int, row_length: int) -> str:
     lengths_of_bucket = _range(1 << bucket, min((2 << bucket) - 1, row_length))
     segments, total = lengths.histogram[bucket], max(1, sum(lengths.histogram))
-    share = f"{count(segments)}, {percent(segments / total)}"
+    share = f"{count(segments)} of them, {percent(segments / total)}"
     return f"<b>{escape(name)}</b><br>{lengths_of_bucket} tokens<br>{share}"
 
 

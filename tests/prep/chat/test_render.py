@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pytest
 import generated_chats
+import pytest
+from generated_chats import OF_TOKENIZERS, as_json, conversations, tokenizer
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from generated_chats import OF_TOKENIZERS, as_json, conversations, tokenizer
 from tokenizers import Encoding
 
 from llmt_prep.chat.messages import Conversation

@@ -48,7 +48,7 @@ def test_bars_of_lengths_stand_on_the_line_of_their_source():
 
 def test_bars_of_lengths_say_what_they_hold():
     hover = plots.small_histograms({"web": lengths()}, 48, "tokens").data[0].hovertext
-    assert hover[2] == "<b>web</b><br>4 to 7 tokens<br>8 segments, 53.33 %"
+    assert hover[2] == "<b>web</b><br>4 to 7 tokens<br>8 of them, 53.33 %"
     assert "<br>1 tokens<br>" in hover[0]
     assert "<br>32 to 48 tokens<br>" in hover[5]  # no segment is longer than a row
 
