@@ -92,6 +92,17 @@ def lint(template: Template) -> tuple[Finding, ...]:
     return tuple(finding for name, probe in PROBES.items() for finding in _findings(template, name, probe))
 
 
+def told(template: Template) -> list[str]:
+    """Return one line for each probe that something is found with: the first finding, and how many more there are."""
+    findings: dict[str, list[Finding]] = {}
+    for finding in lint(template):
+        findings.setdefault(finding.probe, []).append(finding)
+    return [
+        f"chat template {template.name}: {probe}: {first.sentence}" + (f" (and {len(more)} more)" if more else "")
+        for probe, (first, *more) in findings.items()
+    ]
+
+
 def require_usable(template: Template) -> None:
     """Raise ConfigError where a template leaves it open even for one question what the model writes."""
     way_out = "use a built-in template, or put {% generation %} and {% endgeneration %} around what the model writes"
@@ -127,7 +138,7 @@ def _findings(template: Template, name: str, probe: Conversation) -> Iterator[Fi
     try:
         text = text_of(template, probe)
     except ValueError as error:
-        yield Finding(name, "refuses", f"it refuses it: {_reason(template, error)}")
+        yield Finding(name, "refuses", f"it refuses: {_reason(template, error)}")
         return
     yield from _in_text(name, probe, text)
     yield from _bos(template, name, text)

@@ -84,7 +84,7 @@ def test_what_is_doubled_is_named(loaded):
 def test_a_refusal_is_in_the_template_s_own_words(loaded):
     [(fault, sentence)] = found("llama-2", loaded, "two users in a row")
     assert fault == "refuses"
-    assert sentence.startswith("it refuses it: llama-2 wants user and assistant in turns")
+    assert sentence.startswith("it refuses: llama-2 wants user and assistant in turns")
 
 
 def test_a_rewritten_past_is_named(loaded):
