@@ -23,13 +23,15 @@ _calls = st.builds(
     texts, _arguments, st.booleans(), st.booleans(),
 )  # fmt: skip
 messages = st.fixed_dictionaries(
-    {"role": st.sampled_from(ROLES), "content": texts},
-    optional={
-        "tool_calls": st.lists(_calls, max_size=2), "reasoning_content": texts, "thinking": texts, "name": texts,
-        "train": st.booleans(), "weight": st.sampled_from([0, 1, 0.0, None]), "extra": scalars,
-    },
-)  # fmt: skip
-turns = st.lists(messages, max_size=5)
+    {"role": st.sampled_from(("user", "assistant") * 5 + ROLES), "content": texts},
+    optional={"reasoning_content": texts, "thinking": texts, "name": texts, "train": st.booleans(), "extra": scalars},
+)
+answers = st.fixed_dictionaries(
+    {"role": st.just("assistant"), "content": texts},
+    optional={"tool_calls": st.lists(_calls, max_size=2), "weight": st.sampled_from([0, 1, 0.0, None])},
+)
+asked = st.fixed_dictionaries({"role": st.just("user"), "content": texts})
+turns = st.lists(asked | answers | messages, max_size=5)
 speeches = st.lists(
     st.fixed_dictionaries(
         {"from": st.sampled_from(["human", "gpt", "system", "tool", "function_call", "user"]), "value": texts}
@@ -38,8 +40,16 @@ speeches = st.lists(
 )
 transcripts = st.lists(st.sampled_from(["\n\nHuman:", "\n\nAssistant:"]) | texts, max_size=8).map("".join)
 _sides = texts | turns | transcripts
+_transcripts_of_pairs = st.builds(
+    lambda prompt, sides: {name: f"\n\nHuman: {prompt}\n\nAssistant:{side}" for name, side in sides.items()},
+    transcripts, st.fixed_dictionaries({"chosen": texts, "rejected": texts}),
+)  # fmt: skip
+_conversations_of_pairs = st.builds(
+    lambda prompt, chosen, rejected: {"chosen": [*prompt, *chosen], "rejected": [*prompt, *rejected]},
+    turns | asked.map(lambda turn: [turn]), answers.map(lambda turn: [turn]) | turns, answers.map(lambda turn: [turn]),
+)  # fmt: skip
 
-whole_records: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
+_mixed_records = st.fixed_dictionaries(
     {},
     optional={
         "messages": turns, "conversations": speeches, "instruction": texts, "input": texts, "output": texts,
@@ -48,6 +58,11 @@ whole_records: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
         "tools": st.lists(_arguments, max_size=2) | st.lists(_arguments, max_size=2).map(json.dumps),
     },
 )  # fmt: skip
+
+
+whole_records: st.SearchStrategy[dict[str, Any]] = st.one_of(
+    _mixed_records, _conversations_of_pairs, _transcripts_of_pairs
+).map(lambda record: json.loads(json.dumps(record)))  # a message of both sides would else be spoiled on both
 
 
 @st.composite

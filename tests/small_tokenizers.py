@@ -43,6 +43,30 @@ def bpe_with_bos() -> Tokenizer:
     return tokenizer
 
 
+def metaspace_bpe() -> Tokenizer:
+    """As SentencePiece's BPE: spaces become a mark, words begin with one, bytes stand for what has no token."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=[*special, *byte_tokens], show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    described = json.loads(tokenizer.to_str())
+    described["added_tokens"] = described["added_tokens"][: len(special)]
+    return Tokenizer.from_str(json.dumps(described))
+
+
+def whole_text_bpe() -> Tokenizer:
+    """As Llama 2: marks for spaces come from the normalizer, and nothing cuts a text before BPE."""
+    tokenizer = Tokenizer.from_str(json.dumps(json.loads(metaspace_bpe().to_str()) | {"pre_tokenizer": None}))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return tokenizer
+
+
 def word_piece() -> Tokenizer:
     """As BERT: lower case, [UNK] for what it does not know, [CLS] and [SEP] around a text."""
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *_LETTERS, *("##" + letter for letter in _LETTERS), "the", "##ing"]

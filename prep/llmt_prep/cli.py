@@ -26,6 +26,9 @@ cache_app = typer.Typer(
 )
 app.add_typer(cache_app, name="cache")
 
+tokenizer_app = typer.Typer(help="Change a tokenizer.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(tokenizer_app, name="tokenizer")
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Dataset = Annotated[Path, typer.Argument(help="A finished dataset: the `output` of `pack`.", show_default=False)]
 CacheFolder = Annotated[
@@ -93,42 +96,71 @@ def pack(
 
 
 @app.command()
-def stats(dataset: Dataset, as_json: Json = False) -> None:
+def stats(
+    dataset: Dataset,
+    html: Annotated[
+        Path | None, typer.Option(help="Also write one page with plots, tables and sample rows.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Show what is in a dataset: sources, lengths, fill, repeated documents, the ledger.
 
-    Example:
+    Examples:
 
         llmt-prep stats data/pt8k --json
+
+        llmt-prep stats data/pt8k --html report.html
     """
+    from llmt_prep.html import require_page, write_page
     from llmt_prep.report import as_json as to_json
     from llmt_prep.stats import dataset_stats, render
     from llmt_shared.dataset import open_dataset
 
-    result = dataset_stats(open_dataset(dataset))
+    if html is not None:
+        require_page(dataset, html)
+    opened = open_dataset(dataset)
+    result = dataset_stats(opened)
+    if html is not None:
+        write_page(opened, result, html)
     typer.echo(to_json(result) if as_json else render(result))
 
 
 @app.command()
 def inspect(
     dataset: Dataset,
-    row: Annotated[int, typer.Option(min=0, help="Number of the row, from 0.")],
+    row: Annotated[int | None, typer.Option(min=0, help="Number of the row, from 0.", show_default=False)] = None,
     split: Annotated[str, typer.Option(help="train or validation.")] = "train",
+    raw: Annotated[
+        str | None,
+        typer.Option(help="SOURCE:RECORD instead of a row: the raw record, its text, its tokens.", show_default=False),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show one row decoded: segments, where each comes from, which tokens are targets.
+    """Show one row decoded, or what became of one record: where it comes from, which tokens are targets.
 
-    Example:
+    Examples:
 
         llmt-prep inspect data/pt8k --row 0
+
+        llmt-prep inspect data/sft --raw chats:17
     """
-    from llmt_prep.inspection import inspect_row, render
+    from llmt_prep import inspection
+    from llmt_prep import raw as records
     from llmt_prep.report import as_json as to_json
     from llmt_prep.report import wants_colour
     from llmt_shared.dataset import open_dataset
+    from llmt_shared.errors import ConfigError
 
-    result = inspect_row(open_dataset(dataset), split, row)
-    # `color` keeps click from stripping what FORCE_COLOR asks for
-    typer.echo(to_json(result) if as_json else render(result, wants_colour(sys.stdout)), color=True)
+    if (row is None) == (raw is None):
+        raise ConfigError("inspect: wanted either --row N or --raw SOURCE:RECORD")
+    opened, is_coloured = open_dataset(dataset), wants_colour(sys.stdout)
+    if raw is not None:
+        record = records.inspect_record(opened, raw)
+        shown = to_json(record) if as_json else records.render(record, is_coloured)
+    else:
+        view = inspection.inspect_row(opened, split, row or 0)
+        shown = to_json(view) if as_json else inspection.render(view, is_coloured)
+    typer.echo(shown, color=True)  # `color` keeps click from stripping what FORCE_COLOR asks for
 
 
 @app.command()
@@ -216,6 +248,42 @@ def prune_cache(
         dry_run=dry_run,
     )
     typer.echo(to_json(pruned) if as_json else render_pruned(pruned))
+
+
+@tokenizer_app.command("extend")
+def extend(
+    tokenizer: Annotated[str, typer.Argument(help="Folder, tokenizer.json or hub id of a BPE tokenizer.")],
+    out: Annotated[Path, typer.Option(help="Folder to make.", show_default=False)],
+    tokens: Annotated[
+        list[str] | None, typer.Option("--token", help="A new token; give it once for each.", show_default=False)
+    ] = None,
+    tokens_file: Annotated[
+        Path | None, typer.Option(help="New tokens, one a line.", exists=True, dir_okay=False, show_default=False)
+    ] = None,
+    special_tokens: Annotated[
+        list[str] | None, typer.Option("--special-token", help="A new special token.", show_default=False)
+    ] = None,
+    pad_token: Annotated[
+        str | None, typer.Option(help="The padding token, added where it is not there.", show_default=False)
+    ] = None,
+    as_added_token: Annotated[
+        bool, typer.Option("--as-added-token", help="Cut tokens out of the text before BPE where merges cannot.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Add tokens to a BPE tokenizer, with merges that lead to them; ids of old tokens stay.
+
+    Examples:
+
+        llmt-prep tokenizer extend path/to/tokenizer --tokens-file words.txt --out wider
+
+        llmt-prep tokenizer extend path/to/tokenizer --pad-token "<|pad|>" --out padded
+    """
+    from llmt_prep.extension import extend_tokenizer, read_tokens, render_extended
+
+    wanted = [*(tokens or ()), *(read_tokens(tokens_file) if tokens_file else ())]
+    extended = extend_tokenizer(tokenizer, wanted, out, pad_token, special_tokens or (), as_added_token)
+    typer.echo(render_extended(extended, out, as_json))
 
 
 def _cache_folder(folder: Path | None, mix: Path | None) -> Path:

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import groupby
 
 import numpy as np
@@ -49,6 +50,8 @@ class SegmentView(StrictModel):
     offset: int
     """Tokens of the document before the segment."""
     length: int
+    side: str | None
+    """``chosen`` or ``rejected``, of a preference pair."""
     tokens: tuple[TokenRun, ...]
 
 
@@ -104,8 +107,13 @@ def render(view: RowView, is_coloured: bool) -> str:
     counts = f"{segments}, {count(view.targets)} targets, {count(view.padding)} padding"
     parts = [f"{view.split} row {view.row}: {count(view.length)} tokens, {counts} ({legend})"]
     for segment in view.segments:
-        parts += [_rule(_title(segment)), _coloured(segment.tokens) if is_coloured else _plain(segment.tokens)]
-    return "\n".join([*parts, _rule(f"{count(view.padding)} tokens of padding" if view.padding else "full")])
+        parts += [rule(_title(segment)), shown_tokens(segment.tokens, is_coloured)]
+    return "\n".join([*parts, rule(f"{count(view.padding)} tokens of padding" if view.padding else "full")])
+
+
+def shown_tokens(tokens: tuple[TokenRun, ...], is_coloured: bool) -> str:
+    """Return tokens as text; colours and marks as in `render`."""
+    return _coloured(tokens) if is_coloured else _plain(tokens)
 
 
 def _split(dataset: Dataset, name: str) -> Split:
@@ -117,7 +125,7 @@ def _split(dataset: Dataset, name: str) -> Split:
 
 def _segments(dataset: Dataset, row: Row, is_target: NDArray[np.bool_]) -> Iterator[SegmentView]:
     files, sources, tokenizer = read_files(dataset.path), read_mix(dataset.path).sources, _tokenizer(dataset)
-    control = _control_ids(dataset, tokenizer)
+    control = control_ids_of(dataset, tokenizer)
     ends = np.cumsum(row.segments.length, dtype=np.int64)
     columns = (row.segments.length, row.segments.offset, row.segments.document)
     for number, (end, length, offset, document) in enumerate(
@@ -134,7 +142,8 @@ def _segments(dataset: Dataset, row: Row, is_target: NDArray[np.bool_]) -> Itera
             document=document,
             offset=offset,
             length=length,
-            tokens=tuple(_runs(tokenizer, row.tokens[mine].tolist(), is_target[mine].tolist(), control)),
+            side=("chosen", "rejected")[(number - 1) % 2] if dataset.manifest.kind == "preference" else None,
+            tokens=tuple(token_runs(tokenizer, row.tokens[mine].tolist(), is_target[mine].tolist(), control)),
         )
 
 
@@ -153,14 +162,17 @@ def _tokenizer(dataset: Dataset) -> Tokenizer:
         raise FormatError(f"{path}: cannot be read: {error}; run `llmt-prep verify`") from None
 
 
-def _control_ids(dataset: Dataset, tokenizer: Tokenizer) -> frozenset[int]:
+def control_ids_of(dataset: Dataset, tokenizer: Tokenizer) -> frozenset[int]:
+    """Return the ids that are shown as control tokens."""
     said = dataset.manifest.tokenizer
     special = {index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     return frozenset(special | {index for index in (said.bos_id, said.eos_id, said.pad_id) if index is not None})
 
 
-def _runs(tokenizer: Tokenizer, ids: list[int], is_target: list[bool], control: frozenset[int]) -> Iterator[TokenRun]:
-    """The ids one by one, but those of one character together.
+def token_runs(
+    tokenizer: Tokenizer, ids: list[int], is_target: list[bool], control: frozenset[int]
+) -> Iterator[TokenRun]:
+    """Yield the ids one by one, but those of one character together.
 
     A token's text is what it adds to the text of the run before it: only so decoders keep their spaces.
     """
@@ -205,6 +217,7 @@ def _bytes(token: str, bytes_of: dict[str, int]) -> bytes:
     return token.encode()
 
 
+@lru_cache(maxsize=1)  # the whole tokenizer as JSON, which is slow, once and not for every segment
 def _byte_alphabet(tokenizer: Tokenizer) -> dict[str, int]:
     """The characters that stand for bytes in a byte-level vocabulary; empty for another kind.
 
@@ -219,13 +232,15 @@ def _byte_alphabet(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def _title(segment: SegmentView) -> str:
+    side = f"{segment.side}  " if segment.side else ""
     return (
-        f"{segment.number}  {segment.source}  {escaped(segment.place)}  offset {count(segment.offset)}  "
+        f"{segment.number}  {side}{segment.source}  {escaped(segment.place)}  offset {count(segment.offset)}  "
         f"{count(segment.length)} tokens"
     )
 
 
-def _rule(title: str) -> str:
+def rule(title: str) -> str:
+    """Return a line with a title."""
     return f"── {title} ".ljust(_RULE_WIDTH, "─")
 
 

@@ -96,6 +96,7 @@ def dry_run(config: MixConfig, *, workers: int | None = None, rehash: bool = Fal
     """Plan without writing: tokens are counted in a temporary directory where the cache does not hold them."""
     workers = workers or config.workers or executor.usable_cpus()
     tokenizer, cache = _tokenizer(config), cache_of(config)
+    _tell_of_template(config, tokenizer)
     with being_read(cache), tempfile.TemporaryDirectory(prefix="llmt-dry-run-") as temporary:
         inputs = find_inputs(config, cache, workers, rehash=rehash, remember=False)
         corpus = tokenize_inputs(config, inputs, tokenizer, Path(temporary), workers, known=cache)
@@ -125,6 +126,7 @@ def units_of(config: MixConfig, *, workers: int | None = None) -> set[str]:
 def _build(config: MixConfig, workers: int, force: bool, rehash: bool) -> Built:
     clock, started = _Clock(), time.strftime("%Y-%m-%dT%H:%M:%S%z")
     tokenizer = _tokenizer(config)
+    _tell_of_template(config, tokenizer)
     with clock("hash"):
         inputs = find_inputs(config, cache_of(config), workers, rehash=rehash, remember=True)
     mix = resolved(_with_formats(config, inputs), inputs.commits, tokenizer.commit)
@@ -164,6 +166,16 @@ def _tokenizer(config: MixConfig) -> LoadedTokenizer:
     from llmt_prep.chat.settings import with_template  # text needs no templates
 
     return with_template(config.chat.template, tokenizer)
+
+
+def _tell_of_template(config: MixConfig, tokenizer: LoadedTokenizer) -> None:
+    """Say what the template drops, doubles or refuses, before it does so to a million conversations."""
+    if config.kind != "pretrain":
+        from llmt_prep.chat.lint import told
+        from llmt_prep.chat.template import load_template
+
+        for line in told(load_template(config.chat.template, tokenizer)):
+            say(line)
 
 
 def _with_formats(config: MixConfig, inputs: Inputs) -> MixConfig:

@@ -28,12 +28,20 @@ class Block(NamedTuple):
     segments: SegmentTable
     spans: RowSpans | None
     """``None`` where every token is a target."""
+    has_pairs: bool
+    """Each two successive segments are the sides of a preference pair."""
 
     @property
     def row(self) -> NDArray[np.int64]:
         """[S] number of each segment's row in the split."""
         per_row = self.segments.per_row
         return np.repeat(np.arange(self.first_row, self.first_row + len(per_row)), per_row)
+
+    @property
+    def begins_document(self) -> NDArray[np.bool_]:
+        """[S]; of a pair the chosen side does, even where its prompt is cut from the left."""
+        offset = self.segments.offset
+        return np.equal(np.arange(len(offset)) % 2 if self.has_pairs else offset, 0)
 
 
 def blocks(split: Path, rows_at_once: int) -> Iterator[Block]:
@@ -47,11 +55,13 @@ def blocks(split: Path, rows_at_once: int) -> Iterator[Block]:
     columns = [ChunkedArray(split / f"segment_{name}") for name in SegmentTable._fields[1:]]
     names = ("span_offsets", "span_start", "span_length")
     spans = [ChunkedArray(split / name) for name in names] if (split / "span_offsets").exists() else []
+    has_pairs = (split / "pair_offsets").exists()
     for first in range(0, len(row_offsets) - 1, rows_at_once):
         borders = row_offsets[first : first + rows_at_once + 1]
         mine = slice(int(borders[0]), int(borders[-1]))
         segments = SegmentTable(np.diff(borders), *(column[mine] for column in columns))
-        yield Block(first, segments, _spans(spans, slice(first, first + rows_at_once + 1)) if spans else None)
+        rows = slice(first, first + rows_at_once + 1)
+        yield Block(first, segments, _spans(spans, rows) if spans else None, has_pairs)
 
 
 def _spans(arrays: list[ChunkedArray], rows: slice) -> RowSpans:

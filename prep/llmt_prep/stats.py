@@ -3,7 +3,7 @@
 Segments are grouped block by block; what is kept between blocks is one counter for each source and length.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,26 +13,15 @@ from numpy.typing import NDArray
 from llmt_prep import scan
 from llmt_prep.companions import read_ledger
 from llmt_prep.ledger import Ledger, SourceLedger, mistakes
+from llmt_prep.lengths import QUANTILES, Lengths, summarized
 from llmt_prep.report import count, escaped, histogram, percent, table
 from llmt_prep.scan import Block
+from llmt_prep.target_stats import TargetStats, target_stats
+from llmt_prep.tokenizer import load_tokenizer
 from llmt_shared.config import StrictModel
 from llmt_shared.dataset import Dataset, Split
 
 _SEGMENTS_AT_ONCE = 1 << 18
-_QUANTILES = {"p5": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95}
-
-
-class Lengths(StrictModel):
-    """Segment lengths in tokens; all 0 where there is no segment."""
-
-    p5: int
-    p25: int
-    p50: int
-    p75: int
-    p95: int
-    max: int
-    histogram: tuple[int, ...]
-    """Segments with 1, 2-3, 4-7, 8-15, .. tokens; the last bucket holds the row length."""
 
 
 class SourceStats(StrictModel):
@@ -69,6 +58,8 @@ class SplitStats(StrictModel):
     rows_with_repeats: int
     """Rows in which some token of a document lies twice; two pieces of a split document are no repeat."""
     lengths: Lengths
+    trained: TargetStats | None
+    """Of chats and pairs; ``None`` where every token is a target."""
     sources: dict[str, SourceStats]
 
 
@@ -99,7 +90,7 @@ def dataset_stats(dataset: Dataset) -> Stats:
         digest=dataset.digest,
         kind=dataset.manifest.kind,
         length=length,
-        splits={name: _split_stats(name, split, dataset.sources, ledger) for name, split in splits.items()},
+        splits={name: _split_stats(name, split, dataset, ledger) for name, split in splits.items()},
         ledger=ledger,
         ledger_mistakes=tuple(mistakes(ledger, length)),
     )
@@ -113,7 +104,7 @@ def render(stats: Stats) -> str:
     return "\n".join([*parts, "", *_ledger_text(stats)])
 
 
-def _split_stats(name: str, split: Split, sources: tuple[str, ...], ledger: Ledger) -> SplitStats:
+def _split_stats(name: str, split: Split, dataset: Dataset, ledger: Ledger) -> SplitStats:
     rows_at_once = max(1, _SEGMENTS_AT_ONCE * len(split) // max(1, split.num_segments))
     groups, repeats = _empty_groups(), 0
     for block in scan.blocks(split.path, rows_at_once):
@@ -130,11 +121,20 @@ def _split_stats(name: str, split: Split, sources: tuple[str, ...], ledger: Ledg
         targets=sum(int(part.sum(dtype=np.int64)) for part in _slices(split.row_targets)),
         rows_with_repeats=repeats,
         lengths=_lengths(groups, split.length),
+        trained=_trained(split, dataset),
         sources={
             source: _source_stats(name, groups.filter(pl.col("source") == index), tokens, split.length, source, ledger)
-            for index, source in enumerate(sources)
+            for index, source in enumerate(dataset.sources)
         },
     )
+
+
+def _trained(split: Split, dataset: Dataset) -> TargetStats | None:
+    kind = dataset.manifest.kind
+    if kind == "pretrain":
+        return None
+    control = np.array(sorted(load_tokenizer(str(dataset.tokenizer_dir)).control_ids))
+    return target_stats(split, control, has_pairs=kind == "preference")
 
 
 def _source_stats(
@@ -165,7 +165,7 @@ def _empty_groups() -> pl.DataFrame:
 def _grouped(block: Block) -> pl.DataFrame:
     """Segments, and documents that begin, of each source and length of a block."""
     segments = block.segments
-    frame = pl.DataFrame({"source": segments.source, "length": segments.length, "is_first": segments.offset == 0})
+    frame = pl.DataFrame({"source": segments.source, "length": segments.length, "is_first": block.begins_document})
     return frame.group_by("source", "length").agg(
         segments=pl.len().cast(pl.Int64), documents=pl.col("is_first").sum().cast(pl.Int64)
     )
@@ -199,13 +199,7 @@ def _tokens(groups: pl.DataFrame) -> int:
 
 def _lengths(groups: pl.DataFrame, row_length: int) -> Lengths:
     frame = groups.group_by("length").agg(pl.col("segments").sum()).sort("length")
-    lengths, counts = frame["length"].to_numpy().astype(np.int64), frame["segments"].to_numpy()
-    ends = np.cumsum(counts)
-    # The quantile q is the smallest length that at least a share q of the segments do not exceed.
-    at = {name: int(lengths[np.searchsorted(ends, q * ends[-1])]) if len(ends) else 0 for name, q in _QUANTILES.items()}
-    buckets = np.zeros(row_length.bit_length(), np.int64)
-    np.add.at(buckets, np.frexp(lengths)[1] - 1, counts)
-    return Lengths(**at, max=int(lengths[-1]) if len(ends) else 0, histogram=tuple(buckets.tolist()))
+    return summarized(frame["length"].to_numpy().astype(np.int64), frame["segments"].to_numpy(), row_length)
 
 
 def _slices(array: Any, step: int = 1 << 20) -> Iterator[NDArray[Any]]:
@@ -223,8 +217,11 @@ def _split_text(name: str, split: SplitStats, length: int) -> Iterator[str]:
     yield "segment lengths in tokens; a bar is 1, 2-3, 4-7, .. tokens, the last holds the row length"
     lines = [(source, each.lengths) for source, each in split.sources.items()]
     lines += [("all", split.lengths)] if len(lines) > 1 else []
-    header = ["source", *_QUANTILES, "max", f"1 .. {count(length)}"]
+    header = ["source", *QUANTILES, "max", f"1 .. {count(length)}"]
     yield table(header, [_lengths_row(source, lengths) for source, lengths in lines])
+    if split.trained is not None:
+        yield ""
+        yield from _trained_text(split.trained, length)
 
 
 def _source_row(name: str, source: SourceStats) -> list[str]:
@@ -240,15 +237,29 @@ def _source_row(name: str, source: SourceStats) -> list[str]:
 
 
 def _lengths_row(name: str, lengths: Lengths) -> list[str]:
-    quantiles = [count(getattr(lengths, quantile)) for quantile in _QUANTILES]
+    quantiles = [count(getattr(lengths, quantile)) for quantile in QUANTILES]
     return [name, *quantiles, count(lengths.max), histogram(lengths.histogram)]
+
+
+def _trained_text(trained: TargetStats, length: int) -> Iterator[str]:
+    """What is trained on, in words and as lengths."""
+    yield (
+        f"{percent(trained.share)} of the tokens are targets, in {count(trained.spans)} spans; "
+        f"{percent(trained.ends_turn)} of them end a turn"
+    )
+    lines = [("spans", trained.lengths)]
+    if (pairs := trained.pairs) is not None:
+        yield f"{count(pairs.pairs)} pairs, both sides of each in one row"
+        lines += [("prompt", pairs.prompt), ("chosen", pairs.chosen), ("rejected", pairs.rejected)]
+    yield table(["tokens", *QUANTILES, "max", f"1 .. {count(length)}"], [_lengths_row(*line) for line in lines])
 
 
 def _ledger_text(stats: Stats) -> Iterator[str]:
     books = stats.ledger.sources
-    yield "ledger: records = documents + empty + quarantined"
-    header = ["source", "files", "records", "documents", "empty", "quarantined", "control strings"]
+    yield "ledger: records = documents + empty + quarantined + left out"
+    header = ["source", "files", "records", "documents", "empty", "quarantined", "left out", "control strings"]
     yield table(header, [_records_row(name, each) for name, each in books.items()])
+    yield from _chats_text(books)
     yield ""
     yield "tokens of the documents = held out + never selected + selected"
     header = ["source", "tokens", "held out", "never selected", "selected"]
@@ -267,9 +278,20 @@ def _ledger_text(stats: Stats) -> Iterator[str]:
     yield "\n".join(["these sums do not close:", *stats.ledger_mistakes]) if stats.ledger_mistakes else "all sums close"
 
 
+def _chats_text(books: Mapping[str, SourceLedger]) -> Iterator[str]:
+    """Turns, and why records were left out; nothing for text."""
+    for name, each in books.items():
+        if each.turns or each.left_out:
+            reasons = ", ".join(f"{count(number)} {fault.replace('_', ' ')}" for fault, number in each.left_out.items())
+            yield (
+                f"{name}: {count(each.turns)} turns, {count(each.targets)} targets, {count(each.straddling)} of them "
+                f"straddle the border of a turn; left out: {reasons or 'none'}"
+            )
+
+
 def _records_row(name: str, books: SourceLedger) -> list[str]:
     numbers = (books.files, books.records, books.documents.documents, books.empty, books.quarantined)
-    return [name, *map(count, numbers), count(books.with_control_strings)]
+    return [name, *map(count, (*numbers, sum(books.left_out.values()), books.with_control_strings))]
 
 
 def _tokens_row(name: str, books: SourceLedger) -> list[str]:

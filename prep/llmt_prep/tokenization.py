@@ -72,7 +72,7 @@ def tokenize_unit(
         DataError: the input is damaged, or holds a control string where that is an error.
         EngineDiffers: the fast engine does not give what the reference gives.
     """
-    bos_id, eos_id = _surrounding_ids(tokenizer, settings)
+    bos_id, eos_id = surrounding_ids(tokenizer, settings)
     is_kept = settings.special_tokens_in_text == "keep"
     reference = reference_engine(tokenizer, keep_control=is_kept)
     find_strings = control_string_finder(tokenizer.control_tokens)
@@ -138,8 +138,12 @@ def hash_content(unit: Unit, feed: Callable[[bytes], None] = lambda piece: None)
     return str(state.hexdigest())
 
 
-def _surrounding_ids(tokenizer: LoadedTokenizer, settings: TextSettings) -> tuple[int | None, int | None]:
-    """BOS and EOS where they are wanted."""
+def surrounding_ids(tokenizer: LoadedTokenizer, settings: TextSettings) -> tuple[int | None, int | None]:
+    """Return BOS and EOS where they are wanted.
+
+    Raises:
+        ConfigError: the tokenizer has none.
+    """
     wants_bos = settings.bos == "always" or (settings.bos == "auto" and tokenizer.adds_bos)
     wants_eos = settings.eos == "always"
     for wanted, token_id, role in ((wants_bos, tokenizer.bos_id, "bos"), (wants_eos, tokenizer.eos_id, "eos")):

@@ -10,6 +10,8 @@ from measure import Command
 from peers.job import LENGTH
 
 HERE = Path(__file__).parent
+Make = Callable[[Path, Path], Command]
+"""(corpus, home) -> the command that works on the one and writes below the other."""
 LLMT_PREP = (sys.executable, "-m", "llmt_prep")
 
 

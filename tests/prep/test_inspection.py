@@ -10,7 +10,7 @@ import small_datasets
 import small_tokenizers
 from tokenizers import Tokenizer, decoders, models
 
-from llmt_prep.inspection import RowView, _runs, inspect_row, render
+from llmt_prep.inspection import RowView, inspect_row, render, token_runs
 from llmt_prep.report import as_json
 from llmt_shared.dataset import Dataset, open_dataset
 from llmt_shared.errors import ConfigError, FormatError
@@ -34,7 +34,7 @@ def views(dataset: Dataset) -> list[RowView]:
 
 
 def pieces_of(tokenizer: Tokenizer, ids: list[int], control: frozenset[int] = frozenset()) -> list[str]:
-    return [run.text for run in _runs(tokenizer, ids, [True] * len(ids), control)]
+    return [run.text for run in token_runs(tokenizer, ids, [True] * len(ids), control)]
 
 
 def original(folder: Path, place: str) -> str:

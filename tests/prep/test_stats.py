@@ -112,7 +112,7 @@ def test_repeats_are_rows_in_which_a_token_lies_twice(rows):
     )  # fmt: skip
     named = [[{"document": d, "offset": o, "length": n} for d, o, n in row] for row in rows]
     wanted = [10 + row for row, content in enumerate(named) if has_repeat(content)]
-    assert rows_with_repeats(Block(10, table)).tolist() == wanted
+    assert rows_with_repeats(Block(10, table, None, has_pairs=False)).tolist() == wanted
 
 
 def test_blocks_of_one_row_give_the_same(built, found, monkeypatch):

@@ -14,8 +14,10 @@ OUTPUT_BASE = 65_536
 OUTPUT_FACTOR = 16
 """The text of a conversation of n characters has at most OUTPUT_FACTOR * n + OUTPUT_BASE."""
 
-MAX_STEPS = 100_000_000
-"""Parts of the template that are evaluated, about 20 ns each."""
+STEPS_BASE = 10_000_000
+STEPS_FACTOR = 64
+"""The template of a conversation of n characters is evaluated in at most STEPS_FACTOR * n + STEPS_BASE steps: parts of
+its source, at 20 to 100 ns each. Templates in use take about 500 for a message."""
 
 MAX_SECONDS = 60.0
 """CPU time of the thread."""
@@ -40,8 +42,8 @@ class Meter:
         """Begin a rendering of an input of so many characters."""
         self.max_size = OUTPUT_FACTOR * input_size + OUTPUT_BASE
         self._characters = _MADE_FACTOR * self.max_size
-        self._steps = MAX_STEPS
-        self._next_look = MAX_STEPS - _STEPS_BETWEEN_LOOKS
+        self.max_steps = self._steps = STEPS_FACTOR * input_size + STEPS_BASE
+        self._next_look = self._steps - _STEPS_BETWEEN_LOOKS
         self._deadline: float | None = None
 
     def spend(self, steps: int, characters: int = 0) -> None:
@@ -59,7 +61,7 @@ class Meter:
         if self._characters < 0:
             raise LimitError(f"it makes too much text for its input: the text may have {self.max_size} characters")
         if self._steps < 0:
-            raise LimitError(f"it does not come to an end: more than {MAX_STEPS} steps")
+            raise LimitError(f"it does not come to an end: more than {self.max_steps} steps")
         self._next_look = max(0, self._steps - _STEPS_BETWEEN_LOOKS)
         now = time.thread_time()
         self._deadline = self._deadline or now + MAX_SECONDS
@@ -72,22 +74,29 @@ class Meter:
             raise LimitError(f"it makes a value of {size} characters or items; at most {self.max_size} are allowed")
 
     def require_weight(self, value: Any) -> Any:
-        """Return a value that, written out, is no longer than a text may be.
+        """Return a value that, written out, is no longer than a text may be."""
+        self.weigh(value)
+        return value
+
+    def weigh(self, value: Any) -> int:
+        """Return about how long a value is when it is written out.
 
         What is inside several times counts several times: lists that hold a list twice, forty levels deep, are small
         in memory and endless as text.
-        """
-        if type(value) is str:
-            self.require_size(len(value))
-        elif isinstance(value, (dict, list, tuple)):
-            self._weigh(value)
-        return value
 
-    def _weigh(self, value: Any) -> None:
-        weight, stack = 0, [value]
+        Raises:
+            LimitError: it is longer than a text may be.
+        """
+        if isinstance(value, str):
+            self.require_size(len(value))
+            return len(value)
+        return self._weigh_parts(value) if isinstance(value, (dict, list, tuple)) else 1
+
+    def _weigh_parts(self, value: Any) -> int:
+        num_parts, weight, stack = 0, 0, [value]
         while stack:
             part = stack.pop()
-            weight += 1
+            num_parts += 1
             if isinstance(part, str):
                 weight += len(part)
             elif isinstance(part, dict):
@@ -95,6 +104,6 @@ class Meter:
                 stack.extend(part.values())
             elif isinstance(part, (list, tuple)):
                 stack.extend(part)
-            if weight + len(stack) > self.max_size:
-                self.require_size(weight + len(stack))
-        self.spend(weight >> 3)
+            self.require_size(num_parts + weight + len(stack))
+        self.spend(num_parts)
+        return num_parts + weight

@@ -53,6 +53,16 @@ def render(template: Template, conversation: Conversation) -> Rendered:
     return Rendered(text, tuple(_turns_by_prefixes(view, text, assistants)))
 
 
+def text_of(template: Template, conversation: Conversation, *, asks: bool = False) -> str:
+    """Render a conversation without asking what the model writes in it; with ``asks``, for a model that is to go on.
+
+    Raises:
+        ValueError: the template refuses the conversation or exceeds a limit.
+    """
+    view = _view(template, conversation)
+    return view.text(len(view.messages), asks=asks)[0]
+
+
 class _View(NamedTuple):
     """A conversation, as templates want it, and the template that renders parts of it."""
 

@@ -6,11 +6,9 @@ that keep a text the same on every machine and day: `strftime_now` gives a fixed
 """
 
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from datetime import date as Date
-from functools import lru_cache, wraps
-from string import Formatter
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jinja2
@@ -23,6 +21,15 @@ from jinja2.runtime import Context, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from llmt_prep.chat.growth import (
+    CALL_STEPS,
+    check_method,
+    check_operands,
+    checked_format,
+    metered_filter,
+    require_narrow,
+    whole,
+)
 from llmt_prep.chat.limits import LimitError, Meter
 
 MAX_SOURCE = 262_144
@@ -32,7 +39,6 @@ MARKS = tuple((chr(code), chr(code + 1)) for code in range(0xFDD0, 0xFDF0, 2))
 """Pairs of noncharacters that can stand for the begin and end of a generation block."""
 
 _UNKNOWN_FILTERS = ("filesizeformat", "pprint", "random", "sum", "urlize", "wordwrap", "xmlattr")
-_UNKNOWN_METHODS = ("expandtabs", "maketrans", "to_bytes", "translate")
 _GROWING = (
     nodes.Add, nodes.Concat, nodes.Mul, nodes.Mod, nodes.Pow, nodes.List, nodes.Dict, nodes.Tuple, nodes.Call,
     nodes.Filter,
@@ -42,10 +48,8 @@ _CAPTURING = (nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.AssignBlock
 _DICT_ATTRIBUTES = frozenset(dir(dict))
 _STR_METHODS = frozenset(name for name in dir(str) if not name.startswith(("_", "format")))
 _PRINTABLE = (str, int, float, list, tuple, dict, Undefined)
-_SPEND, _WEIGH = "spend ", "weigh "  # names that no template can say
-_WIDE_PERCENT = re.compile(r"%[^a-zA-Z%]*(?:\*|\d{4})")
-_WIDE_SPEC = re.compile(r"\d{4}|\{")
-_SIZED = (str, bytes, list, tuple, dict, range)
+_LOOP_STEPS = 5  # of an iteration, beside those of its body
+_SPEND, _WEIGH = "spend ", "weigh "  # names that no template can say, but to `map`
 
 
 class Compiled(NamedTuple):
@@ -135,10 +139,10 @@ class _Environment(ImmutableSandboxedEnvironment):
             extensions=[_Generation, LoopControlExtension],
             finalize=self._written,
         )
-        self.filters = {name: _metered(self.meter, name, function) for name, function in FILTERS.items()}
+        self.filters = {name: metered_filter(self.meter, name, function) for name, function in FILTERS.items()}
         for name in _UNKNOWN_FILTERS:
             del self.filters[name]
-        self.filters["tojson"] = _metered(self.meter, "tojson", _tojson)
+        self.filters["tojson"] = metered_filter(self.meter, "tojson", _tojson)
         self.filters[_SPEND] = _context_filter(self._spent)
         self.filters[_WEIGH] = _context_filter(self.meter.require_weight)
         del self.globals["lipsum"]
@@ -160,7 +164,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def _written(self, value: Any) -> Any:
         """What an output writes of a value; called for each."""
-        if type(value) is str:
+        if isinstance(value, str):
             self.meter.spend(0, len(value))
             return value
         if value is not None and not isinstance(value, _PRINTABLE):
@@ -180,20 +184,16 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Look at the operands first: the result may not fit into memory."""
-        _check_operands(self.meter, operator, left, right)
+        check_operands(self.meter, operator, left, right)
         result = super().call_binop(context, operator, left, right)
         if isinstance(result, str):
             self.meter.spend(1, len(result))
         return result
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """As Jinja's own, without fields that are thousands of characters wide."""
+        """As Jinja's own, within limits."""
         formatting = super().wrap_str_format(value)
-        if formatting is not None and any(
-            _WIDE_SPEC.search(spec or "") for _, _, spec, _ in Formatter().parse(value.__self__)
-        ):
-            raise LimitError("it formats with a width that is given elsewhere or has more than three digits")
-        return formatting
+        return None if formatting is None else checked_format(self.meter, value.__self__, formatting)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         for variables in ("_loop_vars", "_block_vars"):  # which Jinja adds for functions that want the context
@@ -201,8 +201,9 @@ class _Environment(ImmutableSandboxedEnvironment):
         for value in (*args, *kwargs.values()):
             __self.meter.require_weight(value)
         owner = getattr(__obj, "__self__", None)
+        args = tuple(map(whole, args))
         if isinstance(owner, (str, bytes, list, tuple, dict, int)):
-            _check_method(__self.meter, owner, __obj.__name__, args)
+            check_method(__self.meter, owner, __obj.__name__, args)
         if type(owner) is str:
             result = __obj(*args, **kwargs)  # such a method cannot be unsafe, nor want the context
         else:
@@ -218,7 +219,7 @@ def _raise_exception(message: str) -> None:
 
 def _clock(date: Date) -> Callable[[str], str]:
     def strftime_now(pattern: str) -> str:
-        _require_narrow(pattern)
+        require_narrow(pattern)
         return date.strftime(pattern)
 
     return strftime_now
@@ -238,6 +239,9 @@ class _PlainDict:
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
 
 
 class _PlainNamespace(Namespace):
@@ -286,7 +290,7 @@ def _count_steps(tree: nodes.Template) -> None:
     """Make loops and macros count their steps, and variables that may grow be weighed."""
     node: Any
     for node in list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock))):
-        steps = _steps(node)
+        steps = _steps(node) + (_LOOP_STEPS if isinstance(node, nodes.For) else CALL_STEPS)
         node.body.insert(0, nodes.ExprStmt(_spend(steps, node.lineno), lineno=node.lineno))
         if isinstance(node, nodes.For) and node.test is not None:
             node.test = nodes.And(_spend(steps, node.lineno), node.test, lineno=node.lineno)
@@ -297,11 +301,11 @@ def _count_steps(tree: nodes.Template) -> None:
 
 
 def _steps(node: nodes.Node) -> int:
-    """At least 1; the parts of a body, and its text by 8 characters."""
+    """The parts of a body, and its text by 8 characters."""
     texts: Iterator[Any] = (part.data for part in node.find_all(nodes.TemplateData))
     constants = (part.value for part in node.find_all(nodes.Const) if isinstance(part.value, str))
     characters = sum(map(len, (*texts, *constants)))
-    return 1 + sum(1 for _ in node.find_all(nodes.Node)) + characters // 8
+    return sum(1 for _ in node.find_all(nodes.Node)) + characters // 8
 
 
 def _spend(steps: int, line: int) -> nodes.Filter:
@@ -326,99 +330,3 @@ def _context_filter(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*args)
 
     return filter_
-
-
-def _metered(meter: Meter, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    check = _FILTER_CHECKS.get(name)
-    place = int(hasattr(function, "jinja_pass_arg"))  # of the value, behind a context or environment
-
-    @wraps(function)
-    def metered(*args: Any, **kwargs: Any) -> Any:
-        value = args[place]
-        meter.spend(1 + (len(value) >> 3 if isinstance(value, _SIZED) else 0))
-        if check is not None:
-            check(meter, value, [*args[place + 1 :], *kwargs.values()])
-        result = function(*args, **kwargs)
-        if isinstance(result, str):
-            meter.spend(0, len(result))
-        return result
-
-    return metered
-
-
-def _check_operands(meter: Meter, operator: str, left: Any, right: Any) -> None:
-    if operator == "%" and isinstance(left, (str, bytes)):
-        _require_narrow(left)
-    elif operator == "*":
-        for value, times in ((left, right), (right, left)):
-            if isinstance(times, int) and isinstance(value, (str, bytes, list, tuple)):
-                meter.require_weight(value)
-                meter.require_size(len(value) * times)
-        _require_few_bits(_bits(left) + _bits(right))
-    elif operator == "**" and isinstance(right, int):
-        _require_few_bits(_bits(left) * abs(right))
-
-
-def _bits(value: Any) -> int:
-    return value.bit_length() if isinstance(value, int) else 0
-
-
-def _require_few_bits(bits: int) -> None:
-    if bits > 4096:
-        raise LimitError(f"it makes a number of {bits} bits")
-
-
-def _require_narrow(pattern: Any) -> None:
-    if _WIDE_PERCENT.search(str(pattern)):
-        raise LimitError("it formats with a width that is given elsewhere or has more than three digits")
-
-
-def _check_method(meter: Meter, owner: Any, name: str, args: Sequence[Any]) -> None:
-    """Look at what a method is to do: the result may not fit into memory."""
-    meter.spend(1 + (len(owner) >> 6 if isinstance(owner, (str, bytes)) else 0))
-    if name in _UNKNOWN_METHODS:
-        raise SecurityError(f"the method {name!r} is not offered to chat templates")
-    if name == "replace":
-        _check_replace(meter, owner, args)
-    elif name == "join":
-        _check_join(meter, args[0] if args else (), [owner])
-    else:
-        _check_numbers(meter, owner, args)
-
-
-def _check_numbers(meter: Meter, value: Any, args: Iterable[Any]) -> None:
-    for number in args:
-        if isinstance(number, int):
-            meter.require_size(number)
-
-
-def _check_replace(meter: Meter, value: Any, args: Sequence[Any]) -> None:
-    if len(args) >= 2 and isinstance(value, (str, bytes)):
-        meter.require_size(len(value) + value.count(args[0]) * len(args[1]))
-
-
-def _check_join(meter: Meter, value: Any, args: Sequence[Any]) -> None:
-    if args and isinstance(args[0], (str, bytes)) and isinstance(value, _SIZED):
-        meter.require_weight(value)
-        meter.require_size(len(args[0]) * len(value))
-
-
-def _check_indent(meter: Meter, value: Any, args: Sequence[Any]) -> None:
-    width = max((len(arg) if isinstance(arg, str) else int(arg) for arg in args), default=4)
-    meter.require_size(width * (1 + str(value).count("\n")))
-
-
-def _check_format(meter: Meter, value: Any, args: Sequence[Any]) -> None:
-    _require_narrow(value)
-
-
-_FILTER_CHECKS: dict[str, Callable[[Meter, Any, Sequence[Any]], None]] = {
-    "batch": _check_numbers,
-    "center": _check_numbers,
-    "format": _check_format,
-    "indent": _check_indent,
-    "join": _check_join,
-    "replace": _check_replace,
-    "round": _check_numbers,
-    "slice": _check_numbers,
-}

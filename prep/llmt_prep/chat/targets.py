@@ -35,13 +35,15 @@ def target_runs(
         text: [N] text in which each span lies, ascending.
         spans: [N, 2] begin and end of each span, in its text, in the unit of the extents; those of a text ascend.
     """
+    has_characters = spans[:, 1] > spans[:, 0]
+    text, spans = text[has_characters], spans[has_characters]
     begin, end = (extents.text[text] + spans.T).reshape(2, -1)
     start = np.searchsorted(extents.end, begin, "right")
     stop = np.searchsorted(extents.begin, end, "left")
     begins_before, ends_behind = _at(extents.begin, start) < begin, _at(extents.end, stop - 1) > end
     start = np.maximum(start, first_token[text] + 1)
     start[1:] = np.maximum(start[1:], stop[:-1])  # two spans may end and begin in one token
-    kept = (stop > start) & (end > begin)
+    kept = stop > start
     text, start = text[kept], start[kept]
     return Runs(
         text, start - first_token[text], stop[kept] - start, (begins_before.astype(np.int64) + ends_behind)[kept]

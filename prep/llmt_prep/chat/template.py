@@ -46,10 +46,11 @@ class Template:
     for_tools: "Template | None" = None
     """The template for conversations that describe tools, where the tokenizer has one of its own for them."""
 
-    def compiled(self, absent: str = "") -> Compiled:
-        """Return the template compiled for this process, with marks none of whose characters is in a text."""
+    def compiled(self, text: str = "") -> Compiled:
+        """Return the template compiled for this process, with marks that are not in the text it is to write."""
+        taken = text if self.has_generation_marks else ""
         for marks in MARKS:
-            if not any(mark in absent or mark in self.source for mark in marks):
+            if not any(mark in taken or mark in self.source for mark in marks):
                 return compile_template(self.source, self.date, marks)
         raise ValueError("the text holds all noncharacters from U+FDD0 to U+FDEF, and none is left to mark turns with")
 

@@ -1,7 +1,7 @@
 """A unit of chats or pairs becomes a unit of the token store: rendered, tokenized once, with its targets."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,7 +160,7 @@ def _write(
 ) -> None:
     """Write what has targets on every side; N texts of D items."""
     item = np.repeat(np.arange(len(batch.items)), [len(each.texts) for each in batch.items])  # [N]
-    runs = _runs(batch, encoding)
+    runs = runs_of(batch.items, encoding)
     has_target = np.bincount(runs.text, minlength=len(item)) > 0
     refused = {int(item[number]): reason for number, reason in encoding.reasons.items()}
     lacking = set(item[~has_target].tolist()) - refused.keys()
@@ -188,11 +188,11 @@ def _write(
     )
 
 
-def _runs(batch: _Batch, encoding: Encoding) -> Runs:
-    """The runs of target tokens of all texts."""
+def runs_of(items: Sequence[Prepared], encoding: Encoding) -> Runs:
+    """Return the runs of target tokens of all texts of some records."""
     text_of_span: list[int] = []
     places: list[int] = []
-    of_texts = ((text, spans) for each in batch.items for text, spans in zip(each.texts, each.spans, strict=True))
+    of_texts = ((text, spans) for each in items for text, spans in zip(each.texts, each.spans, strict=True))
     for number, (text, spans) in enumerate(of_texts):
         if number not in encoding.reasons:
             text_of_span += [number] * len(spans)

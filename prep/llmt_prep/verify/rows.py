@@ -18,7 +18,7 @@ from llmt_prep.verify import spans
 from llmt_prep.verify.findings import Finding, finding
 from llmt_prep.verify.hits import Hit, by_segment, in_rows
 from llmt_prep.verify.special import Surroundings, piece_balance, special_token_hits
-from llmt_shared.dataset import ChunkedArray, SegmentTable
+from llmt_shared.dataset import ChunkedArray
 from llmt_shared.segments import count_targets
 
 TOKENS_AT_ONCE = 1 << 22
@@ -148,13 +148,6 @@ def _target_hits(block: Block, split: Path, expected: Expected) -> Iterator[Hit]
     yield from in_rows("F024", block.first_row, is_wrong, "row_chosen_targets is not the targets of its chosen sides")
 
 
-def _begins(segments: SegmentTable, kind: str) -> NDArray[np.bool_]:
-    """[S] segments that begin a document: of a pair the chosen side, whose prompt may be cut from the left."""
-    is_chosen: NDArray[np.bool_] = np.arange(len(segments.offset)) % 2 == 0
-    is_first: NDArray[np.bool_] = segments.offset == 0
-    return is_chosen if kind == "preference" else is_first
-
-
 def _real(block: Block) -> NDArray[np.int64]:
     """[R] tokens of each row that are no padding."""
     lengths, num_rows = block.segments.length, len(block.segments.per_row)
@@ -175,7 +168,7 @@ def _count(counted: Counted, block: Block, expected: Expected, keeps_documents: 
     known = segments.source < num_sources
     source, lengths = segments.source[known], segments.length[known]
     counted.tokens_of_source += np.bincount(source, lengths, num_sources).astype(np.int64)
-    begins = source[_begins(segments, expected.kind)[known]]
+    begins = source[block.begins_document[known]]
     counted.documents_of_source += np.bincount(begins, minlength=num_sources)
     if keeps_documents:
         counted.documents = np.union1d(counted.documents, segments.document)
