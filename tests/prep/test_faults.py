@@ -254,7 +254,7 @@ def test_a_small_disk_that_grows_is_filled_step_by_step_to_the_same_dataset(
 ) -> None:
     mix |= {"output": str(small_disk / "data"), "shard_size": 40_000, "unit_size": 20_000}
     reference = reference_of(mix | {"output": str(small_disk.parent / "again" / "data")})
-    result = run_python(SMALL_DISK, str(small_disk), MixConfig.model_validate(mix).model_dump_json())
+    result = run_python(SMALL_DISK, str(small_disk), MixConfig.model_validate(mix).model_dump_json(exclude_unset=True))
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
     digest, stages = json.loads(result.stdout)

@@ -44,7 +44,7 @@ def build(mix: dict[str, Any], **more: Any) -> Built:
 
 def kill_publishing(mix: dict[str, Any], at: int) -> None:
     """Build with force in a process that dies at a step of `publish`: two renames, the note, the rest."""
-    text = MixConfig.model_validate(mix).model_dump_json()
+    text = MixConfig.model_validate(mix).model_dump_json(exclude_unset=True)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     ended = subprocess.run([sys.executable, "-c", KILLED, str(at), text], env=environment, check=False)
     assert ended.returncode == 9
