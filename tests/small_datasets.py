@@ -20,6 +20,13 @@ from llmt_prep.config import MixConfig
 from llmt_prep.pipeline import build_dataset
 
 LENGTH = 48
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|endoftext|>{% endgeneration %}"
+    "{% else %}{{ m.content }}<|endoftext|>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""A chat template with marks around what the assistant writes."""
 NASTY = "\x1b[31mred\x9b0m \u202e\x07 naïve 🙂 日本語 <|endoftext|> "
 
 
@@ -56,6 +63,41 @@ def build(folder: Path, tokenizer: Tokenizer | None = None, **changes: Any) -> P
         },
     }  # fmt: skip
     return build_dataset(MixConfig.model_validate(mix | changes), workers=1).path
+
+
+def write_chats(folder: Path) -> Path:
+    """JSON lines: conversations of up to three turns, and pairs of two answers to one conversation."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(6)
+    words = " ".join(small_tokenizers.CORPUS).split(" ")
+
+    def said(role: str, longest: int) -> dict[str, str]:
+        return {"role": role, "content": " ".join(random.choice(words, int(random.integers(1, longest))))}
+
+    chats = [
+        [said(role, 12) for _ in range(int(random.integers(1, 4))) for role in ("user", "assistant")] for _ in range(60)
+    ]
+    pairs = [
+        {"chosen": [*chat[:-1], said("assistant", 8)], "rejected": [*chat[:-1], said("assistant", 8)]} for chat in chats
+    ]
+    for name, records in (("sft", [{"messages": chat} for chat in chats]), ("preference", pairs)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
+    return folder
+
+
+def build_chats(folder: Path, kind: str, **changes: Any) -> Path:
+    """Pack what `write_chats` writes, twice over; ``changes`` are keys of the mix."""
+    corpus = write_chats(folder / "corpus")
+    saved = small_tokenizers.save(
+        small_tokenizers.byte_level_bpe(), folder / "tokenizer", eos_token=small_tokenizers.EOT
+    )
+    mix: dict[str, Any] = {
+        "kind": kind, "output": folder / "data", "tokenizer": str(saved), "chat": {"template": TEMPLATE}, "seed": 3,
+        "sequence": {"length": 200, "overflow": "truncate" if kind == "sft" else "truncate_prompt"},
+        "holdout": {"fraction": 0.15}, "shard_size": 4000, "workers": 1,
+        "sources": {"one": {"path": str(corpus / f"{kind}.jsonl"), "epochs": 2}},
+    }  # fmt: skip
+    return build_dataset(MixConfig.model_validate(mix | changes)).path
 
 
 def copy(dataset: Path, target: Path) -> Path:

@@ -50,7 +50,10 @@ def spans_of_rows(segments: Segments, row_length: int, corpus: Corpus) -> RowSpa
 def _by_unit(segments: Segments, corpus: Corpus) -> list[tuple[NDArray[np.int64], ...]]:
     """Segment, start in it and length of each span, unit after unit."""
     unit = np.searchsorted(corpus.document_borders, segments.document, "right") - 1
-    return [_of_unit(segments, np.flatnonzero(unit == each), int(each), corpus) for each in np.unique(unit)]
+    order = np.argsort(unit, kind="stable")
+    units, first = np.unique(unit[order], return_index=True)
+    of_units = zip(units.tolist(), np.split(order, first[1:]), strict=True)
+    return [_of_unit(segments, mine, each, corpus) for each, mine in of_units]
 
 
 def _of_unit(
@@ -61,8 +64,8 @@ def _of_unit(
     first, count = stored.first_span[document], stored.first_span[document + 1] - stored.first_span[document]
     segment = np.repeat(mine, count)
     index = np.arange(len(segment)) - np.repeat(np.cumsum(count) - count - first, count)
-    start = mapped.take(stored.targets.span_start, index).astype(np.int64) - segments.offset[segment]
-    end = start + mapped.take(stored.targets.span_length, index)
+    start = mapped.take(stored.span_start, index).astype(np.int64) - segments.offset[segment]
+    end = start + mapped.take(stored.span_length, index)
     start, end = np.maximum(start, 1), np.minimum(end, segments.length[segment].astype(np.int64))
     kept = end > start  # the others lie in another segment of the document, or were cut off
     return segment[kept], start[kept], (end - start)[kept]

@@ -143,15 +143,26 @@ class StoreUnit:
         return _map(self.path / "text_hash", _COLUMNS["text_hash"])
 
     @cached_property
-    def targets(self) -> Targets:
-        """The targets of all documents, mapped."""
-        columns = _TARGET_COLUMNS | _SPAN_COLUMNS
-        return Targets(**{name: _map(self.path / name, dtype) for name, dtype in columns.items()})
+    def first_span(self) -> NDArray[np.int64]:
+        """[documents + 1] where each document's spans begin; in memory."""
+        counts = read_column(self.path, "num_spans", 0, self.meta.documents)
+        return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
     @cached_property
-    def first_span(self) -> NDArray[np.int64]:
-        """[documents + 1]; where each document's spans begin."""
-        return np.concatenate([[0], np.cumsum(self.targets.num_spans, dtype=np.int64)])
+    def span_start(self) -> NDArray[np.uint32]:
+        """[spans] as in `Targets`."""
+        return _map(self.path / "span_start", _SPAN_COLUMNS["span_start"])
+
+    @cached_property
+    def span_length(self) -> NDArray[np.uint32]:
+        """[spans] as in `Targets`."""
+        return _map(self.path / "span_length", _SPAN_COLUMNS["span_length"])
+
+    @property
+    def targets(self) -> Targets:
+        """The targets of all documents; mapped anew each time, for a unit that stays open must hold few files."""
+        columns = _TARGET_COLUMNS | _SPAN_COLUMNS
+        return Targets(**{name: _map(self.path / name, dtype) for name, dtype in columns.items()})
 
 
 def hash_text(text: bytes) -> int:

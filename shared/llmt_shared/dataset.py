@@ -174,7 +174,7 @@ class Split:
     def _borders(self, offsets: ChunkedArray, rows: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int64]:
         """[R, 2] first and last of what each row owns."""
         borders = [offsets[int(row) : int(row) + 2] for row in rows]
-        if any(len(border) != 2 for border in borders):
+        if any(row < 0 or len(border) != 2 for row, border in zip(rows, borders, strict=True)):
             raise IndexError(f"{self.path}: rows {list(rows)} are not all in 0 .. {self.num_rows}")
         return np.array(borders, np.int64).reshape(-1, 2)
 

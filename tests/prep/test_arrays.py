@@ -66,6 +66,25 @@ def test_a_column_does_not_depend_on_its_parts(tmp_path_factory: pytest.TempPath
     assert writer.sha256 == {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+@given(st.lists(st.integers(0, 9), max_size=9))
+def test_columns_side_by_side_do_not_depend_on_their_parts(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int]
+) -> None:
+    folder = tmp_path_factory.mktemp("columns")
+    values = np.arange(2 * sum(lengths), dtype=np.uint64).reshape(-1, 2) + 2**63
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arrays, "COLUMN_CHUNK", 7)
+        writer = arrays.ColumnWriter(folder / "columns", len(values), "uint64", width=2)
+        for part in np.split(values, np.cumsum(lengths)):
+            writer.add(part)
+        writer.finish()
+    stored = zarr.open(folder / "columns", mode="r")
+    assert stored.shape == (sum(lengths), 2)
+    np.testing.assert_array_equal(stored[:], values)
+    files = [path for path in (folder / "columns").rglob("*") if path.is_file() and path.name != "zarr.json"]
+    assert writer.sha256 == {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
 def test_a_column_of_another_length_than_promised_is_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="3 elements, 4 promised"):
         arrays.write_column(tmp_path / "column", [np.arange(3)], 4, "int64")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from synthetic_chats import random_chats, targets_of, write_chats
 from synthetic_corpus import hashes, write_corpus
 
 from llmt_prep import corpus as corpora
@@ -26,6 +27,23 @@ def test_a_part_reads_the_same_however_units_are_cut(tmp_path_factory, unit_docu
         for last in range(first + 1, 11):
             assert corpus.lengths(first, last).tolist() == whole[first:last].tolist()
             assert corpus.text_hashes(first, last).tolist() == hashes(10)[first:last].tolist()
+
+
+@pytest.mark.parametrize("sides", [1, 2])
+@pytest.mark.parametrize("unit_documents", [[20], [3], [1, 4]])
+def test_outlines_are_read_however_units_are_cut(tmp_path: Path, sides: int, unit_documents: list[int]) -> None:
+    chats = random_chats(10, sides, 20, seed=2)
+    corpus = write_chats(tmp_path, [chats[:7], chats[7:]], unit_documents)
+    wanted = np.stack([targets_of(chats).first_target, targets_of(chats).chosen_length], axis=1)
+    for first in range(10):
+        for last in range(first + 1, 11):
+            assert corpus.outlines(first, last).tolist() == wanted[first:last].tolist()
+
+
+def test_outlines_of_text_are_zeros_that_take_no_memory(tmp_path: Path) -> None:
+    outlines = write_corpus(tmp_path, LENGTHS, 3).outlines(2, 9)
+    assert outlines.tolist() == [[0, 0]] * 7
+    assert outlines.strides == (0, 0)
 
 
 def test_borders_of_units_say_where_their_documents_and_tokens_begin(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from synthetic_chats import landed, random_chats, targets_of, write_chats
 from synthetic_corpus import SHUFFLING, SMALL_BLOCKS, Arrays, hashes, sources_of, write_corpus
 
 from llmt_prep import order
@@ -63,6 +64,31 @@ def test_an_order_does_not_depend_on_how_units_are_cut(tmp_path):
     for other in found[1:]:
         for mine, wanted in zip(other, found[0], strict=True):
             np.testing.assert_array_equal(mine, wanted)
+
+
+@pytest.mark.parametrize("sides", [1, 2])
+def test_documents_keep_their_outlines_in_every_order(tmp_path, sides):
+    chats = random_chats(90, sides, 20, seed=3)
+    corpus = write_chats(tmp_path, [chats[:20], chats[20:]], 7)
+    (_, surveyed) = survey(corpus, corpus.source_borders, SequenceConfig(length=64), 0.3, SMALL_BLOCKS.block_tokens)
+    trained = joined(in_order(corpus, surveyed.blocks, 0.3, "a", SMALL_BLOCKS, 1))
+    kept = joined(held_out_in_order(corpus, 90, 0.3))
+    assert len(trained.document) > 40 > len(kept.document) > 10
+    for found in (trained, kept):
+        targets = targets_of([chats[document] for document in found.document])
+        assert found.outline.tolist() == [list(each) for each in zip(*targets[:2], strict=True)]
+
+
+@pytest.mark.parametrize(("sides", "overflow"), [(1, "truncate"), (1, "drop"), (2, "truncate_prompt"), (2, "drop")])
+def test_a_survey_counts_what_lands_of_chats(tmp_path, sides, overflow):
+    chats = random_chats(60, sides, 64, seed=3)
+    corpus = write_chats(tmp_path, [chats], 7)
+    sequence = SequenceConfig(length=24, overflow=overflow)
+    (found,) = survey(corpus, corpus.source_borders, sequence, 0.3, SMALL_BLOCKS.block_tokens)
+    trained = joined(in_order(corpus, found.blocks, 0.3, "a", SMALL_BLOCKS, 0)).document
+    parts = [part for document in trained for part in landed(chats[document], 24, overflow)]
+    assert found.available == sum(len(part.side.tokens) for part in parts)
+    assert 0 < len(parts) < sides * len(trained)
 
 
 def test_the_order_depends_on_seed_name_and_epoch_only():

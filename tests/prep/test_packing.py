@@ -350,3 +350,49 @@ def test_take_rows_reorders_and_repeats():
 def _contents(rows):
     pieces = as_tuples(rows.items)
     return [tuple(pieces[a:b]) for a, b in pairwise(rows.offsets)]
+
+
+@st.composite
+def documents_with_targets(draw):
+    """Lengths, tokens before each first target, and a capacity that is even or odd."""
+    capacity = draw(st.sampled_from([2, 3, 7, 16]))
+    sizes = draw(st.lists(st.integers(2, 4 * capacity), min_size=1, max_size=40))
+    firsts = [draw(st.integers(1, size - 1)) for size in sizes]
+    return np.array(sizes), np.array(firsts, draw(st.sampled_from([np.uint32, np.int64]))), capacity
+
+
+@given(documents_with_targets())
+def test_truncating_drops_what_keeps_no_target(case):
+    lengths, first_target, capacity = case
+    wanted = [
+        length if length <= capacity else capacity if first < capacity else 0
+        for length, first in zip(lengths.tolist(), first_target.tolist(), strict=True)
+    ]
+    assert landing(lengths, capacity, "truncate", first_target).tolist() == wanted
+
+
+@given(documents_with_targets())
+def test_truncating_prompts_takes_as_few_tokens_as_fit_equally_from_both_sides(case):
+    lengths, first_target, capacity = case
+    landed = landing(lengths, capacity, "truncate_prompt", first_target)
+    assert (landed <= capacity).all()
+    for length, first, kept in zip(lengths.tolist(), first_target.tolist(), landed.tolist(), strict=True):
+        fitting = [cut for cut in range(first) if length - 2 * cut <= capacity]  # leaves a token of each prompt
+        assert kept == (length - 2 * fitting[0] if fitting else 0)
+
+
+@given(documents_with_targets(), st.sampled_from(["split", "truncate", "truncate_prompt", "drop"]))
+def test_pieces_have_the_tokens_that_land_whatever_is_a_target(case, overflow):
+    lengths, first_target, capacity = case
+    pieces = split_documents(lengths, capacity, overflow, first_target)
+    landed = np.bincount(pieces.document, pieces.length, len(lengths))
+    np.testing.assert_array_equal(landing(lengths, capacity, overflow, first_target), landed)
+    assert (pieces.length >= 1).all()
+    assert (pieces.length <= capacity).all()
+
+
+def test_targets_of_the_longest_documents_are_compared_without_overflow():
+    lengths, first_target = np.array([2**32 - 1, 2**32 - 1], np.uint32), np.array([2**32 - 2, 5], np.uint32)
+    assert landing(lengths, 8, "truncate", first_target).tolist() == [0, 8]
+    assert landing(lengths, 8, "truncate_prompt", first_target).tolist() == [7, 0]
+    assert landing(lengths, 2**31 - 1, "truncate_prompt", first_target).tolist() == [2**31 - 1, 0]

@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 import zarr
+from small_datasets import build_chats
 from tokenizers import Tokenizer
 
 from llmt_prep.config import MixConfig
@@ -338,3 +339,10 @@ def test_the_digest_does_not_depend_on_where_a_hub_cache_lies(
     assert len(digests) == 1
     (path,) = set(pl.read_parquet(built.path / "files.parquet")["path"])
     assert path.startswith(f"hf://{corpus_dir}/help/train/")
+
+
+@pytest.mark.parametrize("kind", ["sft", "preference"])
+def test_chats_and_pairs_are_the_same_bytes_with_other_workers_and_units(tmp_path: Path, kind: str) -> None:
+    one = build_chats(tmp_path, kind)
+    cut = {"output": tmp_path / "cut", "cache": str(tmp_path / "cache"), "unit_size": 3000, "workers": 2}
+    assert open_dataset(build_chats(tmp_path, kind, **cut)).digest == open_dataset(one).digest

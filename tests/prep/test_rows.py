@@ -1,13 +1,19 @@
 """The plan of a split holds every segment of what was handed to it, with its place in the corpus."""
 
+import tempfile
 import tracemalloc
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from synthetic_chats import Chat, Landed, chats, documents_of, landed, write_chats
 from synthetic_corpus import of_lengths, sources_of, write_corpus
 
 from llmt_prep import order, rows, tally
+from llmt_prep.corpus import Corpus
 from llmt_prep.mixture import plan
 from llmt_prep.order import Documents, Shuffling
 from llmt_prep.rows import RowPlan, is_planned, load_rows, write_rows
@@ -107,3 +113,59 @@ def _peak(folder: Path, documents: int) -> int:
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
+
+
+OVERFLOWS = [(1, "drop"), (1, "truncate"), (2, "drop"), (2, "truncate_prompt")]
+
+
+def plan_of_chats(
+    folder: Path, found: list[Chat], capacity: int, overflow: str, times: int = 1
+) -> tuple[RowPlan, Corpus]:
+    corpus = write_chats(folder / "store", [found], 7)
+    windows = in_windows([documents_of(corpus)] * times, 10)
+    write_rows(folder / "rows", windows, corpus, capacity, overflow, 0.9)
+    return load_rows(folder / "rows"), corpus
+
+
+def segments_in(found: RowPlan, corpus: Corpus) -> list[list[tuple[int, int, list[int]]]]:
+    """Document, offset and tokens of the segments of each row."""
+    tokens = np.concatenate([corpus.open_unit(unit).tokens for unit in range(len(corpus.units))])
+    columns = zip(found.document.tolist(), found.offset.tolist(), found.address, found.length, strict=True)
+    segments = [(document, offset, tokens[at : at + n].tolist()) for document, offset, at, n in columns]
+    return [segments[first:last] for first, last in pairwise(found.offsets.tolist())]
+
+
+@settings(max_examples=15)
+@pytest.mark.parametrize(("sides", "overflow"), OVERFLOWS)
+@given(data=st.data(), capacity=st.integers(8, 40), times=st.integers(1, 2))
+def test_the_sides_of_what_lands_are_neighbours_in_a_row_chosen_first(sides, overflow, data, capacity, times):
+    found = data.draw(chats(sides))
+    with tempfile.TemporaryDirectory() as folder:
+        rows = segments_in(*plan_of_chats(Path(folder), found, capacity, overflow, times))
+    items = [tuple(row[place : place + sides]) for row in rows for place in range(0, len(row), sides)]
+    kept = [(number, landed(chat, capacity, overflow)) for number, chat in enumerate(found)]
+    wanted = [_segments(number, parts) for number, parts in kept if parts]
+    assert sorted(items) == sorted(wanted * times)
+    assert all(len(row) and sum(len(tokens) for _, _, tokens in row) <= capacity for row in rows)
+
+
+def _segments(document: int, parts: list[Landed]) -> tuple[tuple[int, int, list[int]], ...]:
+    return tuple((document, part.offset, part.side.tokens) for part in parts)
+
+
+@settings(max_examples=15)
+@pytest.mark.parametrize(("sides", "overflow"), OVERFLOWS)
+@given(data=st.data(), capacity=st.integers(8, 40), times=st.integers(1, 2))
+def test_chats_that_are_cut_and_dropped_are_counted(sides, overflow, data, capacity, times):
+    found = data.draw(chats(sides))
+    with tempfile.TemporaryDirectory() as folder:
+        rows, _ = plan_of_chats(Path(folder), found, capacity, overflow, times)
+        (counted,) = rows.tallies
+    whole = [sum(len(side.tokens) for side in chat) for chat in found]
+    kept = [sum(len(part.side.tokens) for part in landed(chat, capacity, overflow)) for chat in found]
+    lost = list(zip(whole, kept, strict=True))
+    assert (counted.documents, counted.tokens) == (times * len(found), times * sum(whole))
+    assert (counted.distinct_documents, counted.distinct_tokens) == (len(found), sum(whole))
+    assert counted.truncated == times * sum(length - rest for length, rest in lost if rest)
+    assert counted.dropped == times * sum(length for length, rest in lost if not rest)
+    assert counted.dropped_documents == times * kept.count(0)

@@ -1,17 +1,26 @@
 """Shards: every planned row once, the same bytes however the work is cut, nothing half-done."""
 
 import hashlib
+from collections.abc import Callable, Sequence
+from itertools import count, pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import zarr
 from small_corpus import make_corpus
+from synthetic_chats import Chat, documents_of, landed, random_chats, write_chats
 
-from llmt_prep import arrays, shards
+from llmt_prep import arrays, executor, shards
+from llmt_prep import corpus as corpora
 from llmt_prep.kernels import gather as compiled
+from llmt_prep.rows import write_rows
 from llmt_prep.shards import SplitTask
+from llmt_prep.windows import in_windows
+from llmt_shared.dataset import Split
+from llmt_shared.segments import IGNORE
 
 L, PER_SHARD = 16, 10
 
@@ -154,3 +163,195 @@ def test_a_shard_whose_tokens_are_gone_is_not_done(task: SplitTask) -> None:
     shards.write_shard(task, 1)
     task.chunk(1).unlink()
     assert not shards.is_written(task, 1)
+
+
+KINDS = pytest.mark.parametrize("kind", ["sft", "preference"])
+OVERFLOW = {"sft": "truncate", "preference": "truncate_prompt"}
+LONG = 32
+"""Tokens of a row of chats; some chats are longer, and of these some keep no target."""
+
+
+def chats_of(kind: str) -> list[list[Chat]]:
+    """Two sources."""
+    both = random_chats(200, 2 if kind == "preference" else 1, 36 if kind == "preference" else 80, seed=4)
+    return [both[:150], both[150:]]
+
+
+def chat_task(folder: Path, kind: str, unit_documents: Sequence[int] = (40,)) -> SplitTask:
+    """A plan of chats or pairs, two epochs of them, that is gathered as the pipeline does it."""
+    corpus = write_chats(folder / "store", chats_of(kind), unit_documents)
+    corpora.save(corpus, folder / "corpus.json")
+    task = SplitTask(str(folder), "train", 2, LONG, PER_SHARD, "uint16", 5, kind)  # type: ignore[arg-type]
+    windows = in_windows([documents_of(corpus)] * 2, 64)
+    write_rows(task.plan_directory, windows, corpus, LONG, OVERFLOW[kind], 0.9)
+    return task
+
+
+def stored_arrays(task: SplitTask) -> dict[str, np.ndarray]:
+    return {name: array[:] for name, array in zarr.open(task.data_directory, mode="r").arrays()}
+
+
+def planned_segments(kind: str) -> dict[tuple[int, int], tuple[list[int], list[bool]]]:
+    """Tokens, and which are targets, of all that lands, by provenance number and offset."""
+    return {
+        (1000 * source + 2 * number, part.offset): (part.side.tokens, part.side.is_target)
+        for source, chats in enumerate(chats_of(kind))
+        for number, chat in enumerate(chats)
+        for part in landed(chat, LONG, OVERFLOW[kind])
+    }
+
+
+def segments_of_rows(stored: dict[str, np.ndarray]) -> list[list[tuple[int, int]]]:
+    """Provenance number and offset of the segments of each row."""
+    keys = list(zip(stored["segment_document"].tolist(), stored["segment_offset"].tolist(), strict=True))
+    return [keys[first:last] for first, last in pairwise(stored["row_offsets"].tolist())]
+
+
+def expected_rows(kind: str, stored: dict[str, np.ndarray]) -> list[tuple[list[int], list[bool]]]:
+    """Tokens of each row, and which are targets, put together from the chats."""
+    parts, rows = planned_segments(kind), []
+    for keys in segments_of_rows(stored):
+        tokens = [token for key in keys for token in parts[key][0]]
+        is_target = [flag for key in keys for flag in parts[key][1]]
+        padding = LONG - len(tokens)
+        rows.append((tokens + [0] * padding, is_target + [False] * padding))
+    return rows
+
+
+@KINDS
+def test_every_chat_that_lands_is_in_the_dataset_once_an_epoch(tmp_path: Path, kind: str) -> None:
+    task = chat_task(tmp_path, kind)
+    totals = build(task)
+    stored = stored_arrays(task)
+    assert shards.num_shards(totals.rows, PER_SHARD) > 3
+    assert sorted(key for row in segments_of_rows(stored) for key in row) == sorted([*planned_segments(kind)] * 2)
+    np.testing.assert_array_equal(stored["segment_source"], stored["segment_document"] // 1000)
+    sizes = (len(stored["segment_length"]), len(stored["span_start"]), len(stored.get("pair_segments", ())))
+    assert (totals.segments, totals.spans, totals.pairs) == sizes
+
+
+@KINDS
+def test_tokens_and_targets_are_those_of_the_chats(tmp_path: Path, kind: str) -> None:
+    task = chat_task(tmp_path, kind)
+    totals = build(task)
+    stored = stored_arrays(task)
+    held = np.zeros(stored["tokens"].shape, int)
+    row = np.repeat(np.arange(len(held)), np.diff(stored["span_offsets"]))
+    for number, start, length in zip(row, stored["span_start"], stored["span_length"], strict=True):
+        held[number, start : start + length] += 1
+    wanted = expected_rows(kind, stored)
+    assert stored["tokens"].tolist() == [tokens for tokens, _ in wanted]
+    assert held.tolist() == [is_target for _, is_target in wanted]
+    assert stored["row_targets"].tolist() == [sum(is_target) for _, is_target in wanted]
+    assert totals.targets == held.sum()
+
+
+@KINDS
+def test_the_reader_gives_the_labels_of_the_chats(tmp_path: Path, kind: str) -> None:
+    task = chat_task(tmp_path, kind)
+    build(task)
+    split = Split(task.data_directory, has_spans=True, has_pairs=kind == "preference")
+    for number, (tokens, is_target) in enumerate(expected_rows(kind, stored_arrays(task))):
+        row = split[number]
+        following = zip([*tokens[1:], 0], [*is_target[1:], False], strict=True)
+        assert row.tokens.tolist() == tokens
+        assert row.labels.tolist() == [token if flag else IGNORE for token, flag in following]
+
+
+@KINDS
+@pytest.mark.parametrize("num_rows", [0, 1, 30])
+def test_the_reader_gives_the_spans_and_pairs_of_rows_in_any_order(tmp_path: Path, kind: str, num_rows: int) -> None:
+    task = chat_task(tmp_path, kind)
+    build(task)
+    stored = stored_arrays(task)
+    split = Split(task.data_directory, has_spans=True, has_pairs=kind == "preference")
+    rows = np.random.default_rng(num_rows).integers(0, split.num_rows, num_rows)  # with repeats
+    spans, pairs, wanted = split.spans(rows), split.pairs(rows), expected_rows(kind, stored)
+    assert spans is not None
+    held = [token for start, n in zip(spans.start, spans.length, strict=True) for token in range(start, start + n)]
+    flat = [flag for row in rows for flag in wanted[row][1]]
+    assert held == [token for token, is_target in enumerate(flat) if is_target]
+    if pairs is None:
+        assert kind == "sft"
+        return
+    segments = split.segments(rows)
+    assert pairs.segments.ravel().tolist() == list(range(len(segments.length)))
+    assert (2 * pairs.per_row).tolist() == segments.per_row.tolist()
+    assert pairs.chosen_targets.tolist() == stored["row_chosen_targets"][rows].tolist()
+
+
+def test_each_pair_is_two_neighbours_of_a_row_and_its_chosen_targets_are_counted(tmp_path: Path) -> None:
+    task = chat_task(tmp_path, "preference")
+    build(task)
+    stored, parts = stored_arrays(task), planned_segments("preference")
+    keys, pairs = segments_of_rows(stored), stored["pair_segments"]
+    assert pairs.dtype == np.uint64
+    assert pairs.ravel().tolist() == list(range(len(stored["segment_length"])))
+    assert (2 * stored["pair_offsets"]).tolist() == stored["row_offsets"].tolist()
+    for number, row in enumerate(keys):
+        for (one, chosen), (other, rejected) in zip(row[::2], row[1::2], strict=True):
+            assert one == other
+            assert chosen < rejected
+        assert stored["row_chosen_targets"][number] == sum(sum(parts[key][1]) for key in row[::2])
+
+
+@KINDS
+@pytest.mark.parametrize("limits", [{"BLOCK_BYTES": 1}, {"BLOCK_ROWS": 3}, {"BLOCK_SEGMENTS": 13, "BLOCK_BYTES": 260}])
+def test_the_bytes_of_chats_do_not_depend_on_blocks_and_units(
+    tmp_path: Path, kind: str, limits: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, other = chat_task(tmp_path / "one", kind), chat_task(tmp_path / "other", kind, [7, 1, 33])
+    build(task)
+    for name, value in limits.items():
+        monkeypatch.setattr(shards, name, value)
+    build(other)
+    assert contents(other) == contents(task)
+
+
+@KINDS
+def test_the_bytes_of_chats_do_not_depend_on_workers(tmp_path: Path, kind: str) -> None:
+    task, other = chat_task(tmp_path / "one", kind), chat_task(tmp_path / "other", kind)
+    totals = build(task)
+    numbers = range(shards.num_shards(totals.rows, PER_SHARD))
+    assert len(list(executor.run(shards.write_shard, ((other, number) for number in numbers), 2))) == len(numbers)
+    shards.finish_split(other)
+    assert contents(other) == contents(task)
+
+
+@KINDS
+def test_a_shard_of_chats_that_fails_half_way_is_made_again(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = chat_task(tmp_path, kind)
+    build(task)
+    reference = contents(task)
+    task.sidecar(1).unlink()
+    monkeypatch.setattr(shards, "BLOCK_ROWS", 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "_write_block", _failing_at_the_third(shards._write_block))
+        with pytest.raises(OSError, match="No space"):
+            shards.write_shard(task, 1)
+    assert not shards.is_written(task, 1)
+    shards.write_shard(task, 1)
+    shards.finish_split(task)
+    assert contents(task) == reference
+
+
+def _failing_at_the_third(write: Callable[..., Any]) -> Callable[..., Any]:
+    number = count(1)
+
+    def failing(*arguments: Any) -> Any:
+        if next(number) == 3:
+            raise OSError(28, "No space left on device")
+        return write(*arguments)
+
+    return failing
+
+
+@KINDS
+def test_some_of_these_chats_are_cut_and_some_dropped(kind: str) -> None:
+    chats = [chat for source in chats_of(kind) for chat in source]
+    whole = [sum(len(side.tokens) for side in chat) for chat in chats]
+    kept = [sum(len(part.side.tokens) for part in landed(chat, LONG, OVERFLOW[kind])) for chat in chats]
+    assert 0 in kept
+    assert any(0 < tokens < length for tokens, length in zip(kept, whole, strict=True))

@@ -9,26 +9,32 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from synthetic_chats import chats, random_chats, targets_of, write_unit
 
 from llmt_prep.documents import BadRecord
-from llmt_prep.store import hash_text, is_sound, open_unit, read_quarantine, token_dtype, writing_unit
+from llmt_prep.store import (
+    COUNTED,
+    Targets,
+    hash_text,
+    is_sound,
+    open_unit,
+    read_column,
+    read_quarantine,
+    token_dtype,
+    writing_unit,
+)
 from llmt_shared.errors import FormatError
 
 ids = st.lists(st.integers(0, 65_535), min_size=1, max_size=8)
 
 
 def counts_of(documents: list[list[int]], quarantined: int = 0) -> dict[str, int]:
-    return {
+    return dict.fromkeys(COUNTED, 0) | {
         "records": len(documents) + quarantined,
         "documents": len(documents),
-        "empty": 0,
         "quarantined": quarantined,
-        "documents_with_control_strings": 0,
         "tokens": sum(map(len, documents)),
-        "text_bytes": 0,
         "lines": len(documents),
-        "compared": 0,
-        "fallbacks": 0,
     }
 
 
@@ -48,7 +54,8 @@ def test_a_unit_gives_back_its_documents(tmp_path_factory, documents):
     assert [part.tolist() for part in np.split(unit.tokens, borders)] == (documents or [[]])
     assert unit.records.tolist() == list(range(len(documents)))
     assert unit.text_hash.tolist() == [record * 2**40 for record in range(len(documents))]
-    assert {key: value for key, value in vars(unit.meta).items() if isinstance(value, int)} == counts_of(documents)
+    assert {name: getattr(unit.meta, name) for name in COUNTED} == counts_of(documents)
+    assert not unit.meta.has_targets
 
 
 def test_the_files_are_raw_little_endian_arrays(tmp_path):
@@ -167,3 +174,82 @@ def test_a_unit_with_broken_counts_is_not_opened(tmp_path, content):
     (tmp_path / "unit/meta.json").write_text(content)
     with pytest.raises(FormatError, match="not a unit of the token store"):
         open_unit(tmp_path / "unit")
+
+
+PAIRS = random_chats(9, 2, 24, seed=1)
+
+
+@given(st.integers(1, 2).flatmap(chats))
+def test_a_unit_gives_back_its_targets(tmp_path_factory, found):
+    path = tmp_path_factory.mktemp("store") / "unit"
+    write_unit(path, found)
+    unit, wanted = open_unit(path), targets_of(found)
+    assert unit.meta.has_targets
+    for name, values in wanted._asdict().items():
+        assert getattr(unit.targets, name).tolist() == values.tolist()
+    assert (unit.span_start.tolist(), unit.span_length.tolist()) == (
+        wanted.span_start.tolist(), wanted.span_length.tolist(),
+    )  # fmt: skip
+    assert unit.first_span.tolist() == [0, *np.cumsum(wanted.num_spans).tolist()]
+
+
+def test_a_unit_of_chats_may_hold_nothing(tmp_path):
+    write_unit(tmp_path / "unit", [])
+    unit = open_unit(tmp_path / "unit")
+    assert unit.meta.has_targets
+    assert [len(column) for column in unit.targets] == [0] * 5
+    assert unit.first_span.tolist() == [0]
+
+
+def test_targets_come_in_parts_and_are_raw_little_endian_arrays(tmp_path):
+    with writing_unit(tmp_path / "unit", np.dtype("uint16"), has_targets=True) as writer:
+        for record in range(2):
+            targets = Targets(*(np.array(column) for column in ([3], [2**32 - 1], [2], [3, 300], [1, 2])))
+            writer.add(np.arange(5), np.array([5]), [record], [0], targets)
+        writer.finish(counts_of([[0] * 5] * 2) | {"spans": 4}, "tokenizers 0")
+    assert is_sound(tmp_path / "unit")
+    assert (tmp_path / "unit/first_target").read_bytes() == bytes([3, 0, 0, 0] * 2)
+    assert (tmp_path / "unit/chosen_length").read_bytes() == b"\xff" * 8
+    assert (tmp_path / "unit/num_spans").read_bytes() == bytes([2, 0, 0, 0] * 2)
+    assert (tmp_path / "unit/span_start").read_bytes() == bytes([3, 0, 0, 0, 44, 1, 0, 0] * 2)
+    assert (tmp_path / "unit/span_length").read_bytes() == bytes([1, 0, 0, 0, 2, 0, 0, 0] * 2)
+
+
+@pytest.mark.parametrize("name", Targets._fields)
+@pytest.mark.parametrize("damage", ["missing", "short", "long"])
+def test_a_unit_whose_targets_have_another_size_is_not_opened(tmp_path, name, damage):
+    write_unit(tmp_path / "unit", PAIRS)
+    file = tmp_path / "unit" / name
+    content = file.read_bytes()
+    file.unlink() if damage == "missing" else file.write_bytes(content[:-4] if damage == "short" else content + content)
+    with pytest.raises(FormatError, match=f"{name}.*delete this folder"):
+        open_unit(tmp_path / "unit")
+
+
+@pytest.mark.parametrize("name", Targets._fields)
+def test_a_flipped_bit_in_targets_makes_a_unit_unsound(tmp_path, name):
+    write_unit(tmp_path / "unit", PAIRS)
+    assert is_sound(tmp_path / "unit")
+    file = tmp_path / "unit" / name
+    content = file.read_bytes()
+    file.write_bytes(content[:-4] + bytes([content[-4] ^ 1]) + content[-3:])
+    assert not is_sound(tmp_path / "unit")
+
+
+def test_targets_that_were_promised_and_not_given_make_no_unit(tmp_path):
+    with writing_unit(tmp_path / "unit", np.dtype("uint16"), has_targets=True) as writer:
+        writer.add(np.arange(5), np.array([5]), [0], [0])
+        writer.finish(counts_of([[0] * 5]), "tokenizers 0")
+    with pytest.raises(FormatError, match="first_target: not of the 4 bytes"):
+        open_unit(tmp_path / "unit")
+
+
+@pytest.mark.parametrize("name", ["first_target", "chosen_length", "num_spans"])
+def test_a_part_of_a_column_is_read(tmp_path, name):
+    write_unit(tmp_path / "unit", PAIRS)
+    whole = getattr(targets_of(PAIRS), name)
+    for first in range(len(PAIRS) + 1):
+        for last in range(first, len(PAIRS) + 1):
+            assert read_column(tmp_path / "unit", name, first, last - first).tolist() == whole[first:last].tolist()
+    with pytest.raises(FormatError, match=f"{name}: ends before document 10"):
+        read_column(tmp_path / "unit", name, 9, 1)

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import tempfile
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmt_prep import arrays
-from llmt_shared.dataset import ChunkedArray, open_dataset
+from llmt_shared.dataset import ChunkedArray, Split, open_dataset
 from llmt_shared.errors import FormatError
 from llmt_shared.manifest import FileEntry, Manifest
+from llmt_shared.segments import IGNORE
 
 ROWS = [[3, 2], [5], [1, 1, 1], []]
 LENGTH = 6
@@ -139,7 +142,7 @@ def test_segments_come_in_the_order_of_the_rows_asked_for(dataset_path):
     assert table.length.tolist() == [1, 1, 1, 3, 2]
 
 
-@pytest.mark.parametrize("row", [4, -1, 10**9])
+@pytest.mark.parametrize("row", [4, -1, -3, 10**9])
 def test_a_row_that_is_not_there_is_an_index_error(dataset_path, row):
     train = open_dataset(dataset_path).train
     with pytest.raises(IndexError):
@@ -221,3 +224,97 @@ def test_a_chunk_that_is_too_short_to_map_is_a_format_error(dataset_path):
     seal(dataset_path)
     with pytest.raises(FormatError, match="cannot be mapped"):
         open_dataset(dataset_path).train.tokens([0])
+
+
+MaskedRow = list[list[bool]]
+"""Of each segment of a row, which tokens are targets: chosen and rejected side in turn."""
+WIDE = 14
+masks = st.lists(st.booleans(), min_size=1, max_size=6).map(lambda drawn: [False, *drawn])
+
+
+@st.composite
+def masked_rows(draw: st.DrawFn) -> list[MaskedRow]:
+    """Rows of 0, 1 or 2 pairs of `WIDE` tokens at most."""
+    rows = draw(st.lists(st.lists(st.tuples(masks, masks), max_size=2), min_size=1, max_size=6))
+    rows = [list(chain(*pairs)) for pairs in rows]
+    return [row if sum(map(len, row)) <= WIDE else row[:2] for row in rows]
+
+
+def spans_of(row: MaskedRow) -> list[tuple[int, int]]:
+    """Start and length of each run of targets; none crosses a segment, whose first token is no target."""
+    flat = list(chain(*row))
+    edges = np.flatnonzero(np.diff(np.array([False, *flat, False], int))).tolist()
+    return [(start, stop - start) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def write_split(path: Path, rows: list[MaskedRow]) -> None:
+    """Rows of pairs in arrays of several chunks; tokens count up from 1 through all of them."""
+    segments, spans = list(chain(*rows)), [spans_of(row) for row in rows]
+    tokens = np.arange(1, len(rows) * WIDE + 1, dtype=np.uint16).reshape(-1, WIDE)
+    columns: dict[str, tuple[Any, str]] = {
+        "row_offsets": (np.cumsum([0, *map(len, rows)]), "int64"),
+        "row_targets": ([sum(chain(*row)) for row in rows], "uint32"),
+        "segment_length": ([len(mask) for mask in segments], "uint32"),
+        "segment_offset": ([0] * len(segments), "uint32"),
+        "segment_document": ([0] * len(segments), "uint64"),
+        "segment_source": ([0] * len(segments), "uint16"),
+        "span_offsets": (np.cumsum([0, *map(len, spans)]), "int64"),
+        "span_start": ([start for start, _ in chain(*spans)], "uint32"),
+        "span_length": ([length for _, length in chain(*spans)], "uint32"),
+        "pair_offsets": (np.cumsum([0, *map(len, rows)]) // 2, "int64"),
+        "row_chosen_targets": ([sum(chain(*row[::2])) for row in rows], "uint32"),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arrays, "COLUMN_CHUNK", 4)
+        for name, (values, dtype) in columns.items():
+            arrays.write_column(path / name, [np.array(values, dtype)], len(values), dtype)
+        pairs = arrays.ColumnWriter(path / "pair_segments", len(segments) // 2, "uint64", width=2)
+        pairs.add(np.arange(len(segments), dtype=np.uint64).reshape(-1, 2))
+        pairs.finish()
+    write_tokens(path / "tokens", tokens, 2)
+
+
+@given(masked_rows(), st.data())
+def test_spans_and_pairs_are_those_of_the_rows_asked_for(rows, data):
+    """In any order, with repeats, or of no row at all."""
+    asked = data.draw(st.lists(st.integers(0, len(rows) - 1), max_size=8))
+    with tempfile.TemporaryDirectory() as folder:
+        write_split(Path(folder), rows)
+        split = Split(Path(folder), has_spans=True, has_pairs=True)
+        spans, pairs, table = split.spans(asked), split.pairs(asked), split.segments(np.array(asked, np.int64))
+    wanted = [(place * WIDE + start, n) for place, row in enumerate(asked) for start, n in spans_of(rows[row])]
+    assert list(zip(spans.start.tolist(), spans.length.tolist(), strict=True)) == wanted
+    assert (spans.start.dtype, spans.length.dtype) == (np.int64, np.int64)
+    assert table.length.tolist() == [len(mask) for row in asked for mask in rows[row]]
+    assert pairs.per_row.tolist() == [len(rows[row]) // 2 for row in asked]
+    assert pairs.segments.shape == (pairs.per_row.sum(), 2)
+    assert pairs.segments.ravel().tolist() == list(range(len(table.length)))
+    assert pairs.chosen_targets.tolist() == [sum(chain(*rows[row][::2])) for row in asked]
+
+
+@given(masked_rows())
+def test_a_row_with_spans_is_expanded_to_the_labels_inside_them(rows):
+    with tempfile.TemporaryDirectory() as folder:
+        write_split(Path(folder), rows)
+        split = Split(Path(folder), has_spans=True)
+        found = [split[row] for row in range(len(rows))]
+    for number, (row, expanded) in enumerate(zip(rows, found, strict=True)):
+        flat = [*chain(*row), *[False] * WIDE][:WIDE]
+        following = zip([*flat[1:], False], range(number * WIDE + 2, (number + 1) * WIDE + 2), strict=True)
+        assert expanded.labels.tolist() == [token if is_target else IGNORE for is_target, token in following]
+        assert list(zip(*(column.tolist() for column in expanded.spans), strict=True)) == spans_of(row)
+
+
+def test_text_has_neither_spans_nor_pairs(dataset_path):
+    train = open_dataset(dataset_path).train
+    assert (train.spans([0]), train.pairs([0]), train[0].spans) == (None, None, None)
+
+
+@pytest.mark.parametrize("row", [3, -1, -3, 10**9])
+def test_spans_and_pairs_of_a_row_that_is_not_there_are_an_index_error(tmp_path, row):
+    write_split(tmp_path, [[[False, True], [False, True]]] * 3)
+    split = Split(tmp_path, has_spans=True, has_pairs=True)
+    with pytest.raises(IndexError):
+        split.spans([0, row])
+    with pytest.raises(IndexError):
+        split.pairs([0, row])

@@ -93,6 +93,29 @@ def test_spans_that_touch_are_one_run():
     assert expand(tokens, np.array([1]), np.array([6]), spans).labels.tolist() == [2, 3, 4, 5, IGNORE, IGNORE]
 
 
+@pytest.mark.parametrize(
+    ("start", "length", "labels"),
+    [
+        ([4], [2], [5, 6]),  # the end of the first row, which is full
+        ([10], [1], [11]),  # the last token of the last segment, before padding
+        ([7], [1], [8]),  # the second token of a row: the first predicts it
+        ([4, 9], [2, 2], [5, 6, 10, 11]),  # one in each row
+        ([4], [6], [5, 6, 8, 10]),  # what crosses segments and rows has no label for their first tokens
+        ([10], [2], [11]),  # what reaches into the padding
+        ([0], [12], [2, 3, 5, 6, 8, 10, 11]),
+        ([], [], []),
+    ],
+)
+def test_spans_at_the_ends_of_segments_and_rows(start, length, labels):
+    """Rows of 3 + 3 tokens and of 2 + 3 with one of padding; token t stands at place t - 1."""
+    tokens = np.array([[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 0]], np.uint16)
+    spans = Spans(np.array(start, np.int64), np.array(length, np.int64))
+    dense = expand(tokens, np.array([2, 2]), np.array([3, 3, 2, 3]), spans)
+    assert dense.labels[dense.labels != IGNORE].tolist() == labels
+    places = np.flatnonzero(dense.labels != IGNORE)
+    assert (dense.labels[places] == places + 2).all()
+
+
 def test_a_segment_of_one_token_has_no_target():
     assert expand(np.array([[7, 8]]), np.array([2]), np.array([1, 1])).labels.tolist() == [IGNORE, IGNORE]
 

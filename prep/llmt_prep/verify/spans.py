@@ -32,6 +32,8 @@ def span_hits(block: Block, length: int) -> Iterator[Hit]:
     is_wrong = np.bincount(row, ~is_inside | overlaps, len(block.spans.per_row)) > 0
     message = "a span that is not inside one segment, behind its first token and behind the span before"
     yield from in_rows("F027", block.first_row, is_wrong, message)
+    has_target = np.bincount(segment[is_inside], minlength=len(starts)) > 0
+    yield from by_segment("F027", block, ~has_target, "a segment without a target")
 
 
 def pair_hits(block: Block) -> Iterator[Hit]:
@@ -39,9 +41,12 @@ def pair_hits(block: Block) -> Iterator[Hit]:
     is_odd = block.segments.per_row % 2 == 1
     yield from in_rows("F028", block.first_row, is_odd, "an odd number of segments")
     if not is_odd.any():
-        document = block.segments.document
+        document, offset = block.segments.document, block.segments.offset.astype(np.int64)
         differs = np.repeat(document[0::2] != document[1::2], 2)
         yield from by_segment("F028", block, differs, "two sides of different documents")
+        end = offset + block.segments.length
+        is_apart = np.repeat(offset[1::2] != end[0::2] + offset[0::2], 2)  # as much is cut from the one as the other
+        yield from by_segment("F028", block, is_apart, "sides that do not follow each other in their document")
 
 
 def chosen_targets(block: Block, length: int) -> NDArray[np.int64]:
@@ -60,8 +65,11 @@ def pair_findings(split: Path) -> list[Finding]:
     row_offsets = ChunkedArray(split / "row_offsets")
     for start in range(0, len(row_offsets), _ROWS_AT_ONCE):
         mine = slice(start, start + _ROWS_AT_ONCE)
-        if not np.array_equal(2 * pair_offsets[mine], row_offsets[mine]):
+        if not np.array_equal(pair_offsets[mine], row_offsets[mine] // 2):  # rows of odd numbers are found elsewhere
             return [finding("F028", f"{split.name}/pair_offsets", "is not half of row_offsets")]
+    wanted = int(row_offsets[len(row_offsets) - 1 :][0]) // 2
+    if len(pairs) != wanted:
+        return [finding("F028", f"{split.name}/pair_segments", f"{len(pairs)} pairs; wanted {wanted}, all segments")]
     for start in range(0, len(pairs), _ROWS_AT_ONCE):
         part = pairs[start : start + _ROWS_AT_ONCE]
         if not np.array_equal(part.ravel(), np.arange(2 * start, 2 * (start + len(part)))):
