@@ -123,8 +123,9 @@ class SaveConfig(StrictModel):
 class RunConfig(StrictModel):
     """The whole of run.yaml. Paths are relative to the working directory."""
 
-    task: Literal["pretrain"]
-    """Loss: next-token prediction on every token of every document."""
+    task: Literal["pretrain", "sft"]
+    """Loss: next-token prediction, on every token of every document, or on the targets of chats. It must be the
+    dataset's kind."""
     model: Model
     """Hugging Face folder or hub id, or `{from_config: {model_type: ..., ...}}` for fresh weights."""
     data: UserPath

@@ -73,6 +73,7 @@ def fit(config: RunConfig, *, force: bool = False) -> FitResult:
         Stopped: asked to stop, or the disk is full; running again resumes.
     """
     dataset = open_dataset(config.data)
+    _check_task(config, dataset)
     plan = plan_run(dataset.train, config.batch, config.train)
     with ExitStack() as stack:
         stack.enter_context(quiet_lightning())
@@ -92,6 +93,14 @@ def fit(config: RunConfig, *, force: bool = False) -> FitResult:
         saved = _last_step(config.output)
         raise Stopped(f"{config.output}: saved at step {saved}; run the same command again to resume")
     return _result(config, plan, step if start else None)
+
+
+def _check_task(config: RunConfig, dataset: Dataset) -> None:
+    kind = dataset.manifest.kind
+    if kind == "preference":
+        raise ConfigError(f"{config.data}: holds preference pairs, for which there is no objective yet")
+    if config.task != kind:
+        raise ConfigError(f"task: {config.task}, but {config.data} is of kind {kind}; set `task: {kind}`")
 
 
 def _checked_model(config: RunConfig, dataset: Dataset) -> Any:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 
 from llmt_prep import documents
@@ -125,9 +126,13 @@ def _prepared(
                 f"{_place(unit, row.record)}: {found}, and `special_tokens_in_text` is `error`; clean the record, or "
                 f"set it to `as_text` (such chats are left out, in quarantine) or `keep`"
             ) from None
-        return BadRecord(row.record, str(found), shown(str(row.value)))
+        return BadRecord(row.record, str(found), _preview(row))
     except ValueError as error:
-        return BadRecord(row.record, str(error), shown(str(row.value)))
+        return BadRecord(row.record, str(error), _preview(row))
+
+
+def _preview(row: Row) -> str:
+    return shown(orjson.dumps(row.value, default=str, option=orjson.OPT_NON_STR_KEYS))
 
 
 def _leave_out(unit: Unit, record: int, fault: str, reason: str, settings: ChatSettings, counts: Counter[str]) -> None:
