@@ -47,16 +47,20 @@ def seam_finder(control_tokens: Sequence[str]) -> Callable[[str], bool]:
     strings = [*filter(None, control_tokens)]
     heads = {string[:cut] for string in strings for cut in range(1, len(string))}
     tails = {string[cut:] for string in strings for cut in range(1, len(string))}
-    first, last = {string[0] for string in strings}, {string[-1] for string in strings}
+    first, last = (_any_of({string[place] for string in strings}) for place in (0, -1))
     longest = max(map(len, strings), default=1)
 
     def find(text: str) -> bool:
         end, start = text[-longest:], text[:longest]
-        if not any(character in end for character in first) and not any(character in start for character in last):
+        if first.search(end) is None and last.search(start) is None:
             return False
         return any(text[-size:] in heads or text[:size] in tails for size in range(1, min(longest, len(text) + 1)))
 
     return find
+
+
+def _any_of(characters: Collection[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(characters))) or r"(?!)")
 
 
 def control_id_finder(control_ids: Collection[int]) -> Callable[[NDArray[np.uint32]], NDArray[np.intp]]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from llmt_shared.dataset import ChunkedArray, SegmentTable
 
 
-class RowSpans(NamedTuple):
+class BlockSpans(NamedTuple):
     """Runs of targets of R rows, row after row: N of them."""
 
     per_row: NDArray[np.int64]
@@ -26,7 +26,7 @@ class Block(NamedTuple):
 
     first_row: int
     segments: SegmentTable
-    spans: RowSpans | None
+    spans: BlockSpans | None
     """``None`` where every token is a target."""
     has_pairs: bool
     """Each two successive segments are the sides of a preference pair."""
@@ -64,8 +64,8 @@ def blocks(split: Path, rows_at_once: int) -> Iterator[Block]:
         yield Block(first, segments, _spans(spans, rows) if spans else None, has_pairs)
 
 
-def _spans(arrays: list[ChunkedArray], rows: slice) -> RowSpans:
+def _spans(arrays: list[ChunkedArray], rows: slice) -> BlockSpans:
     offsets, start, length = arrays
     borders = offsets[rows]
     mine = slice(int(borders[0]), int(borders[-1]))
-    return RowSpans(np.diff(borders), start[mine], length[mine])
+    return BlockSpans(np.diff(borders), start[mine], length[mine])

@@ -95,17 +95,20 @@ def preparing(settings: ChatSettings, template: Template, tokenizer: LoadedToken
 def _sides(found: Conversation | PreferencePair, settings: ChatSettings) -> tuple[Conversation, ...]:
     """The conversations to render, with the system message that they lack."""
     if isinstance(found, Conversation):
-        system = () if found.is_plain else _system(found.messages, _hash(found), settings)
+        system = () if found.is_plain else _system(found, found.messages, settings)
         flags = (*(False for _ in system), *found.is_trained) if found.is_trained else ()
         return (found._replace(messages=(*system, *found.messages), is_trained=flags),)
-    prompt = (*_system(found.prompt, _hash(found), settings), *found.prompt)
+    prompt = (*_system(found, found.prompt, settings), *found.prompt)
     return tuple(Conversation((*prompt, *answer), found.tools) for answer in (found.chosen, found.rejected))
 
 
-def _system(messages: Sequence[Message], text_hash: int, settings: ChatSettings) -> tuple[Message, ...]:
+def _system(
+    found: Conversation | PreferencePair, messages: Sequence[Message], settings: ChatSettings
+) -> tuple[Message, ...]:
+    """The system message that it gets, if any; ``messages`` are those that a model would see."""
     if settings.system is None or (messages and messages[0]["role"] in ("system", "developer")):
         return ()
-    drawn = int(mix(np.array([text_hash], np.uint64) ^ _SYSTEM_SALT)[0])
+    drawn = int(mix(np.array([_hash(found)], np.uint64) ^ _SYSTEM_SALT)[0])
     return ({"role": "system", "content": settings.system},) if drawn < settings.system_rate * 2**64 else ()
 
 

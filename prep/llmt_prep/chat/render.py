@@ -93,15 +93,30 @@ def _view(template: Template, conversation: Conversation) -> _View:
     if template.for_tools is not None and conversation.tools:
         template = template.for_tools
     messages = [_as_templates_want(message) for message in conversation.messages]
-    strings = "\0".join(_strings([messages, conversation.tools]))
+    strings = "\0".join(_all_strings(messages, conversation.tools))
     return _View(template, template.compiled(strings), messages, list(conversation.tools) or None, len(strings))
 
 
 def _as_templates_want(message: Message) -> dict[str, Any]:
     """As transformers passes messages on: without what is null, and with reasoning under each of its names."""
+    if len(message) == 2 and isinstance(message, dict) and message.get("content") is not None:
+        return message  # a role and a content, as most
     given = {key: value for key, value in message.items() if value is not None}
     reasoning = next((given[name] for name in _REASONING if name in given), None)
     return given if reasoning is None else {"thinking": reasoning, **given, "reasoning_content": reasoning}
+
+
+def _all_strings(messages: list[dict[str, Any]], tools: Sequence[Any]) -> list[str]:
+    """The strings of a conversation, keys too; most messages have no others at their top."""
+    found: list[str] = []
+    for message in messages:
+        found += message
+        for value in message.values():
+            if type(value) is str:
+                found.append(value)
+            else:
+                found += _strings(value)
+    return [*found, *_strings(tools)]
 
 
 def _strings(value: Any) -> Iterator[str]:
