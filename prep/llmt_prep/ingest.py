@@ -264,9 +264,10 @@ def _check_bad(
         records, bad = (sum(getattr(meta, key) for _, meta in mine) for key in ("records", "quarantined"))
         if bad > tolerated(config.max_bad, int(records * growth[source])):
             lines = _examples(inputs, [place for place, meta in mine if meta.quarantined])
+            settings = "text_field or reader" if config.kind == "pretrain" else "format, fields or chat.template"
             raise DataError(
                 f"sources.{name}: {bad} of {records} records cannot be used; max_bad allows {config.max_bad}. "
-                f"The first are:\n{lines}\nMend them, set text_field or reader, or raise max_bad: "
+                f"The first are:\n{lines}\nMend them, set {settings}, or raise max_bad: "
                 f"bad records are then left out and listed in quarantine.jsonl"
             )
 
