@@ -242,6 +242,12 @@ def _misplaced(given: Mapping[str, Any]) -> Iterable[str]:
     for key, kinds in _OF_CHATS.items():
         if key in given and allowed and kind not in kinds:
             yield f"`{key}` is for kind {' and '.join(kinds)}, and this is {kind}; set `kind`, or remove it"
+    sources = given.get("sources")
+    for name, source in sources.items() if isinstance(sources, Mapping) else ():
+        unused = ("format", "fields") if kind == "pretrain" else ("text_field", "record")
+        for key in unused if isinstance(source, Mapping) and allowed else ():
+            if key in source:
+                yield f"`sources.{name}.{key}` means nothing for kind {kind}; remove it, or set `kind`"
     for key in _OF_TEXT:
         if key in given and kind in ("sft", "preference"):
             yield f"`{key}` is for kind pretrain: how a conversation begins and ends is its template's; remove it"
@@ -261,7 +267,7 @@ def resolved(config: MixConfig, commits: dict[str, str], tokenizer_commit: str |
     if config.kind == "preference":
         del mix["chat"]["train_on"]
     for source in mix["sources"].values():
-        for key in ("format", "fields") if config.kind == "pretrain" else ("text_field",):
+        for key in ("format", "fields") if config.kind == "pretrain" else ("text_field", "record"):
             del source[key]
     if tokenizer_commit:
         mix["tokenizer"]["revision"] = tokenizer_commit

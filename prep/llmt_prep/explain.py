@@ -1,5 +1,6 @@
 """What a run would take from the cache, and which field of the rest differs: the answer of `pack --explain-cache`."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -129,8 +130,14 @@ def _differences(old: Origin, new: Origin) -> Iterator[str]:
     yield from _tokenizer_differences(old, new)
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key):
-            yield f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+            yield f"{key}: {_short(before.get(key))} -> {_short(after.get(key))}"
     yield from _input_differences(old, new)
+
+
+def _short(value: object) -> str:
+    """A setting as it is told; of a long one, such as a template, its hash."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def _input_differences(old: Origin, new: Origin) -> Iterator[str]:

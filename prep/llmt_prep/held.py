@@ -57,5 +57,6 @@ def held_chat_tools(shelved: Shelved, settings: "ChatSettings") -> "ChatTools":
     tokenizer = held_tokenizer(shelved)
     template = load_template(settings.template, tokenizer)
     if settings.tools_template is not None:
-        template = replace(template, for_tools=load_template(settings.tools_template, tokenizer))
+        for_tools = replace(load_template(settings.tools_template, tokenizer), name="for tools")
+        template = replace(template, for_tools=for_tools)
     return ChatTools(preparing(settings, template, tokenizer), encoding_with_extents(tokenizer))

@@ -126,7 +126,6 @@ def units_of(config: MixConfig, *, workers: int | None = None) -> set[str]:
 def _build(config: MixConfig, workers: int, force: bool, rehash: bool) -> Built:
     clock, started = _Clock(), time.strftime("%Y-%m-%dT%H:%M:%S%z")
     tokenizer = _tokenizer(config)
-    _tell_of_template(config, tokenizer)
     with clock("hash"):
         inputs = find_inputs(config, cache_of(config), workers, rehash=rehash, remember=True)
     mix = resolved(_with_formats(config, inputs), inputs.commits, tokenizer.commit)
@@ -134,6 +133,7 @@ def _build(config: MixConfig, workers: int, force: bool, rehash: bool) -> Built:
     if not force and (done := _finished(config.output, recipe)) is not None:
         staging.clear(config.output)  # what a `--force` left that was stopped and is not wanted any more
         return done
+    _tell_of_template(config, tokenizer)
     directory, is_resumed = staging.prepare(config.output, recipe)
     if is_resumed:
         say(f"going on with {directory}")

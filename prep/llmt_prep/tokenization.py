@@ -120,7 +120,7 @@ def unit_facts(
         "compression": compression(unit.path),
         "reading": {**asdict(reading), "reader": unit.reader},
         "tokenizer": [tokenizer.digest, tokenizer.bos_id, tokenizer.eos_id],
-        "settings": asdict(settings),
+        "settings": json.loads(json.dumps(asdict(settings))),  # as they are read back
     }
 
 

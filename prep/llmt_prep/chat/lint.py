@@ -88,7 +88,10 @@ PROBES = {
 
 
 def lint(template: Template) -> tuple[Finding, ...]:
-    """Try a template on every probe; nothing is found where all of each is in the text once, and turns are clear."""
+    """Try a template on every probe; nothing is found where all of each is in the text once, and turns are clear.
+
+    Conversations that describe tools are rendered with the template for them, where there is one.
+    """
     return tuple(finding for name, probe in PROBES.items() for finding in _findings(template, name, probe))
 
 

@@ -48,7 +48,12 @@ def render(template: Template, conversation: Conversation) -> Rendered:
     view = _view(template, conversation)
     assistants = [index for index, message in enumerate(view.messages) if message.get("role") == "assistant"]
     text, spans = view.text(len(view.messages))
-    if view.compiled.marks is not None and len(spans) == len(assistants):
+    if view.compiled.marks is not None:
+        if len(spans) != len(assistants):
+            raise ValueError(
+                f"chat template {view.template.name}: it has {len(spans)} generation blocks for {len(assistants)} "
+                f"messages of the assistant; wanted one around what the model writes in each of them, and no others"
+            )
         return Rendered(text, tuple(Turn(i, *span) for i, span in zip(assistants, spans, strict=True)))
     return Rendered(text, tuple(_turns_by_prefixes(view, text, assistants)))
 

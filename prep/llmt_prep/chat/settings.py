@@ -19,6 +19,7 @@ from llmt_shared.errors import ConfigError
 _RECORDS = 64
 """Records that tell a source's format."""
 _TEMPLATE_FILE = "chat_template.jinja"
+_OWN_TEMPLATES = "additional_chat_templates/"
 
 
 def with_template(said: str, tokenizer: LoadedTokenizer) -> LoadedTokenizer:
@@ -34,7 +35,8 @@ def with_template(said: str, tokenizer: LoadedTokenizer) -> LoadedTokenizer:
     require_usable(template)
     if said == "auto":
         return tokenizer
-    files = dict(sorted({**tokenizer.files, _TEMPLATE_FILE: template.source.encode()}.items()))
+    others = {name: content for name, content in tokenizer.files.items() if not name.startswith(_OWN_TEMPLATES)}
+    files = dict(sorted({**others, _TEMPLATE_FILE: template.source.encode()}.items()))
     return replace(tokenizer, files=files, digest=digest_of(files))
 
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import ipc
@@ -184,9 +185,21 @@ def _row(record: int, one: Any, reading: Reading) -> Row | BadRecord:
         (value,) = one.to_pylist()
     except UnicodeDecodeError as error:
         return BadRecord(record, f"invalid UTF-8 at byte {error.start} of a column ({error.reason})", "")
-    if one.nbytes > reading.max_record_bytes:
-        return BadRecord(record, too_large(one.nbytes, reading), shown(str(value)[:PREVIEW_BYTES]))
-    return Row(record, _without_nulls(value), one.nbytes)
+    except (ValueError, OverflowError, LookupError, pa.ArrowException) as error:  # dates that Python has no place for
+        return BadRecord(record, f"a column cannot be read: {_first_line(error)}", "")
+    value = _without_nulls(value)
+    if one.nbytes > reading.max_record_bytes and (size := _size(value)) > reading.max_record_bytes:
+        return BadRecord(record, too_large(size, reading), shown(str(value)[:PREVIEW_BYTES]))
+    return Row(record, value, one.nbytes)
+
+
+def _size(value: Any) -> int:
+    """Bytes of a row as JSON, about; a slice of a table counts dictionaries that it shares with all rows."""
+    return len(orjson.dumps(value, default=str, option=orjson.OPT_NON_STR_KEYS))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _without_nulls(value: Any) -> Any:
@@ -224,8 +237,14 @@ def _check_layout(column: Any) -> None:
 def _check_nested_layout(column: Any) -> None:
     """The offsets first: only then may one look at what they lead to."""
     column.validate()
-    children = [column.field(i) for i in range(column.type.num_fields)] if pa.types.is_struct(column.type) else []
-    for child in children or [column.values]:
+    if pa.types.is_struct(column.type):
+        children = [column.field(i) for i in range(column.type.num_fields)]
+    elif pa.types.is_union(column.type):
+        column.validate(full=True)
+        return
+    else:
+        children = [column.values]
+    for child in children:
         _check_layout(child)
 
 

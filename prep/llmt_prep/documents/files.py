@@ -66,7 +66,8 @@ def _match(pattern: str, reading: Reading) -> Iterable[str]:
         return _folder(pattern, reading)
     files = [pattern] if os.path.exists(pattern) else _glob(pattern)
     for path in files:
-        reader_for(path, reading.reader)
+        if reader_for(path, reading.reader) == "text" and reading.text_field is None:
+            raise ConfigError(f"{path}: text, and chats are read from JSON lines, Parquet or Arrow; leave it out")
     return files
 
 
@@ -105,7 +106,7 @@ def _folder(folder: str, reading: Reading) -> list[str]:
     _require_readable(folder)
     everything = glob.iglob(os.path.join(glob.escape(folder), "**", "*"), recursive=True)
     # a link that leads nowhere is kept, so that it is noticed when it is opened
-    files = [path for path in everything if _wanted(path, reading.reader) and not os.path.isdir(path)]
+    files = [path for path in everything if _wanted(path, reading) and not os.path.isdir(path)]
     if not files:
         raise ConfigError(
             f"{folder}: no file below this folder ends in {_known(reading.reader)}; "
@@ -143,9 +144,12 @@ def _json(path: str) -> dict[str, Any]:
     return content
 
 
-def _wanted(path: str, reader: str) -> bool:
+def _wanted(path: str, reading: Reading) -> bool:
+    """Whether a file of a folder is read; where records are read whole, its texts (a README, say) are not."""
     by_suffix = _reader_by_suffix(path)
-    return by_suffix is not None and reader in ("auto", by_suffix)
+    if by_suffix is None or (by_suffix == "text" and reading.text_field is None):
+        return False
+    return reading.reader in ("auto", by_suffix)
 
 
 def _reader_by_suffix(path: str) -> str | None:

@@ -1,11 +1,15 @@
 """Chats and pairs from JSON lines to rows: against `tokenizers` and a mask made character by character."""
 
+import datetime
 import gzip
 import json
+import shutil
 from itertools import count
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import small_chats
 from hypothesis import HealthCheck, given, settings
@@ -14,7 +18,7 @@ from small_chats import chat, write_lines
 from tokenizers import Tokenizer
 
 from llmt_prep.config import MixConfig
-from llmt_prep.pipeline import build_dataset
+from llmt_prep.pipeline import build_dataset, explain_cache
 from llmt_prep.verify import find_problems
 from llmt_shared.dataset import open_dataset
 from llmt_shared.errors import ConfigError, DataError
@@ -266,6 +270,7 @@ def test_a_mix_of_formats_is_read_source_by_source(build, tmp_path):
         ),
         ({"pairs": {}}, "`pairs` is for kind preference, and this is sft"),
         ({"eos": "always"}, "`eos` is for kind pretrain"),
+        ({"source": {"text_field": "x"}}, "`sources.a.text_field` means nothing for kind sft"),
         ({"chat": {"template": "chatlm"}}, "did you mean 'chatml'"),
         ({"source": {"format": "transcript"}}, "format transcript is of preference data, and this mix is sft"),
         ({"source": {"fields": {"messgaes": "x"}}}, "did you mean 'messages'"),
@@ -274,6 +279,60 @@ def test_a_mix_of_formats_is_read_source_by_source(build, tmp_path):
 def test_settings_that_do_not_fit_are_refused(build, changes, message):
     with pytest.raises((ConfigError, ValueError), match=message):
         build(CHATS, **changes)
+
+
+def test_the_template_of_the_mix_serves_chats_with_tools_too(build, tmp_path, tokenizer_dir):
+    own = tmp_path / "own"
+    shutil.copytree(tokenizer_dir, own)
+    (own / "additional_chat_templates").mkdir()
+    (own / "additional_chat_templates" / "tool_use.jinja").write_text(
+        "{% for m in messages %}OWN{{ m.content }}{% endfor %}"
+    )
+    tool = {"type": "function", "function": {"name": "find", "parameters": {}}}
+    dataset = build([chat("a", "b", tools=[tool])], tokenizer=str(own), chat={"template": small_chats.TEMPLATE})
+    plain = build([chat("a", "b")], name="plain", chat={"template": small_chats.TEMPLATE})
+    assert as_rows(dataset) == as_rows(plain)
+
+
+def test_the_cache_tells_which_setting_of_chats_differs(build, tmp_path, tokenizer_dir):
+    build(CHATS)
+    mix = {
+        "kind": "sft", "output": str(tmp_path / "data"), "tokenizer": str(tokenizer_dir), "sequence": {"length": 99},
+        "max_bad": "100%", "sources": {"a": {"path": str(tmp_path / "data.jsonl")}},
+    }  # fmt: skip
+    use = explain_cache(MixConfig.model_validate(mix))
+    assert use.sources["a"].to_tokenize.units == 0
+    use = explain_cache(MixConfig.model_validate(mix | {"chat": {"train_on": "last"}}))
+    assert [each.why for each in use.sources["a"].reasons] == [("train_on: 'assistant' -> 'last'",)]
+
+
+def test_texts_of_a_folder_are_no_chats(build, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_lines(folder / "chats.jsonl", CHATS)
+    (folder / "README.md").write_text("About these chats")
+    assert books(build(folder))["files"] == 1
+    with pytest.raises(ConfigError, match=r"README.md: text, and chats are read from JSON lines"):
+        build(folder / "README.md", output=str(tmp_path / "x"))
+
+
+def test_a_table_of_chats_is_read_with_whatever_else_it_holds(build, tmp_path, tokenizer_dir):
+    rows = [each | {"meta": {}, "day": datetime.date(2024, 1, 1), "extra": None} for each in CHATS]
+    table = pa.Table.from_pylist(rows)
+    beyond = pa.array([2**31 - 1] + [0] * (len(CHATS) - 1), pa.int32()).cast(pa.date32())  # a day that Python has not
+    pq.write_table(
+        pa.Table.from_pylist([{"messages": each["messages"]} for each in CHATS]).append_column("d", beyond),
+        tmp_path / "beyond.parquet",
+    )
+    with pa.OSFile(str(tmp_path / "all.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    dataset = build(tmp_path / "all.arrow", name="arrow")
+    assert [each for _, *each in sorted(as_rows(dataset))] == [
+        list(reference(tokenizer_dir, each["messages"])) for each in CHATS
+    ]
+    dataset = build(tmp_path / "beyond.parquet", name="parquet")
+    assert books(dataset)["quarantined"] == 1
+    assert "a column cannot be read" in (dataset.path / "quarantine.jsonl").read_text()
 
 
 def test_records_of_no_known_format_are_refused_with_what_they_hold(build):

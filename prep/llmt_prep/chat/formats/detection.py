@@ -55,7 +55,9 @@ def detect(records: Sequence[Mapping[str, Any]], kind: Kind, fields: Names) -> s
         return names[0]
     if names:
         raise ConfigError(f"records look like {' and '.join(names)}; say which with `format: {names[0]}`")
-    seen = _shape(records[0]) if records else "no records"
+    if not records:
+        raise ConfigError("no records that could tell its format; mend `path:`, or say `format:`")
+    seen = _shape(records[0])
     known = ", ".join(f"{name} ({', '.join(each.needs)})" for name, each in candidates.items())
     raise ConfigError(
         f"found {seen}, which is no known format of {kind} data; known are {known}; say where the fields lie "
