@@ -32,11 +32,11 @@ def control_string_finder(control_tokens: Sequence[str]) -> Callable[[str], str 
     return find
 
 
-def control_string_counter(control_tokens: Sequence[str]) -> Callable[[str], int]:
-    """Return a function that counts the control strings in a text."""
+def control_string_lister(control_tokens: Sequence[str]) -> Callable[[str], list[str]]:
+    """Return a function that lists the control strings in a text, in order."""
     strings = sorted(filter(None, control_tokens), key=len, reverse=True)
     pattern = re.compile("|".join(map(re.escape, strings)) or r"(?!)")
-    return lambda text: len(pattern.findall(text))
+    return pattern.findall
 
 
 def seam_finder(control_tokens: Sequence[str]) -> Callable[[str], bool]:

@@ -49,14 +49,16 @@ def held_fast_engine(shelved: Shelved, keep_control: bool) -> Engine:
 @lru_cache(maxsize=8)
 def held_chat_tools(shelved: Shelved, settings: "ChatSettings") -> "ChatTools":
     """Return what a tokenizer and settings make of chats."""
-    from llmt_prep.chat.offsets import encoding_with_extents  # text needs no templates
+    from llmt_prep.chat.forgery import id_check  # text needs no templates
+    from llmt_prep.chat.offsets import encoding_with_extents
     from llmt_prep.chat.prepare import preparing
     from llmt_prep.chat.template import load_template
     from llmt_prep.chat.tokenization import ChatTools
 
     tokenizer = held_tokenizer(shelved)
-    template = load_template(settings.template, tokenizer)
+    template = replace(load_template(settings.template, tokenizer), name="of the dataset")
     if settings.tools_template is not None:
-        for_tools = replace(load_template(settings.tools_template, tokenizer), name="for tools")
+        for_tools = replace(load_template(settings.tools_template, tokenizer), name="of the dataset for tools")
         template = replace(template, for_tools=for_tools)
-    return ChatTools(preparing(settings, template, tokenizer), encoding_with_extents(tokenizer))
+    check_ids = id_check(tokenizer) if settings.special_tokens_in_text != "keep" else None
+    return ChatTools(preparing(settings, template, tokenizer), encoding_with_extents(tokenizer), check_ids)

@@ -183,5 +183,8 @@ def _of_chat(config: MixConfig, tokenizer: LoadedTokenizer, source: str, row: Ro
 
 def _shown(item: Item) -> str:
     if isinstance(item, Row):
-        return json.dumps(item.value, indent=1, ensure_ascii=False, default=str)
+        try:
+            return json.dumps(item.value, indent=1, ensure_ascii=False, default=str)
+        except RecursionError:
+            return "nested too deep to be shown"
     return item.text if isinstance(item, Document) else item.preview if isinstance(item, BadRecord) else ""

@@ -1,17 +1,17 @@
 """From a record to the text that is tokenized and the characters of it that are targets, or why there is none."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import orjson
 
+from llmt_prep.chat.forgery import content_check
 from llmt_prep.chat.formats import reader
-from llmt_prep.chat.messages import Conversation, Message, PreferencePair
+from llmt_prep.chat.messages import Conversation, Message, PreferencePair, UnfitPair
 from llmt_prep.chat.render import Rendered, Turn, render
 from llmt_prep.chat.template import Template
-from llmt_prep.control import control_string_counter, control_string_finder, seam_finder
 from llmt_prep.store import hash_text
 from llmt_prep.tokenizer import LoadedTokenizer
 from llmt_shared.order import mix
@@ -53,10 +53,6 @@ class Prepared(NamedTuple):
     turns: int
 
 
-class ControlString(ValueError):  # noqa: N818  what a record has, for settings to judge
-    """A message holds the string of a control token."""
-
-
 Prepare = Callable[[int, dict[str, Any]], Prepared]
 """(record number, record) -> what is tokenized; a ValueError has the reason why nothing is."""
 
@@ -69,7 +65,7 @@ def preparing(settings: ChatSettings, template: Template, tokenizer: LoadedToken
     Its function raises UnfitPair, ControlString, or another ValueError for a bad record.
     """
     read = reader(settings.format, dict(settings.fields))
-    check = _content_check(tokenizer) if settings.special_tokens_in_text != "keep" else None
+    check = content_check(tokenizer) if settings.special_tokens_in_text != "keep" else None
 
     def prepare(record: int, value: dict[str, Any]) -> Prepared:
         found = read(value)
@@ -81,15 +77,25 @@ def preparing(settings: ChatSettings, template: Template, tokenizer: LoadedToken
                 check(side, text.text, template)
             rendered.append(text)
         first = len(sides[0].messages) - len(found.chosen) if isinstance(found, PreferencePair) else 0
+        spans = tuple(_spans(*each, first, settings) for each in zip(rendered, sides, strict=True))
+        if isinstance(found, PreferencePair):
+            _check_prompts(rendered, spans)
         return Prepared(
             record=record,
             texts=tuple(each.text for each in rendered),
-            spans=tuple(_spans(*each, first, settings) for each in zip(rendered, sides, strict=True)),
+            spans=spans,
             hash=_hash(found),
             turns=sum(len(side.messages) for side in sides),
         )
 
     return prepare
+
+
+def _check_prompts(rendered: Sequence[Rendered], spans: Sequence[tuple[Span, ...]]) -> None:
+    """A template may show the same prompt otherwise where other messages follow it."""
+    prompts = {each.text[: of_text[0][0]] for each, of_text in zip(rendered, spans, strict=True) if of_text}
+    if len(prompts) > 1:
+        raise UnfitPair("differing_prompts", "the template writes another prompt before chosen than before rejected")
 
 
 def _sides(found: Conversation | PreferencePair, settings: ChatSettings) -> tuple[Conversation, ...]:
@@ -115,18 +121,29 @@ def _system(
 def _spans(rendered: Rendered, side: Conversation, first: int, settings: ChatSettings) -> tuple[Span, ...]:
     """What is a target of a text; ``first`` is the first message that may be one."""
     if settings.train_on == "all":
-        return ((0, len(rendered.text)),)
+        return tuple(_all_but(rendered, side))
     turns = [turn for turn in rendered.turns if turn.message >= first]
     turns = turns[-1:] if settings.train_on == "last" else turns
     return tuple((turn.start, turn.stop) for turn in turns if not side.is_trained or side.is_trained[turn.message])
+
+
+def _all_but(rendered: Rendered, side: Conversation) -> Iterator[Span]:
+    """All of the text without the answers that their record takes out."""
+    place = 0
+    for turn in rendered.turns:
+        if side.is_trained and not side.is_trained[turn.message]:
+            yield place, turn.start
+            place = turn.stop
+    yield place, len(rendered.text)
 
 
 def _plain(side: Conversation, tokenizer: LoadedTokenizer) -> Rendered:
     """A prompt and its completion as they stand, between BOS, where the tokenizer begins with it, and EOS."""
     begin = _token(tokenizer, tokenizer.bos_id) if tokenizer.adds_bos else ""
     prompt, completion = (message["content"] for message in side.messages)
-    answer = completion + _token(tokenizer, tokenizer.eos_id)
-    text = begin + prompt + answer
+    end = _token(tokenizer, tokenizer.eos_id)
+    answer = completion if end and completion.endswith(end) else completion + end
+    text = (prompt if begin and prompt.startswith(begin) else begin + prompt) + answer
     return Rendered(text, (Turn(1, len(text) - len(answer), len(text)),))
 
 
@@ -136,49 +153,7 @@ def _token(tokenizer: LoadedTokenizer, token_id: int | None) -> str:
 
 def _hash(found: Conversation | PreferencePair) -> int:
     messages = found.messages if isinstance(found, Conversation) else found.prompt
-    return hash_text(orjson.dumps(messages, default=str, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS))
-
-
-def _content_check(tokenizer: LoadedTokenizer) -> Callable[[Conversation, str, Template], None]:
-    """Return what raises ControlString where a message holds the string of a control token, or would make one."""
-    find, count = control_string_finder(tokenizer.control_tokens), control_string_counter(tokenizer.control_tokens)
-    could_join = seam_finder(tokenizer.control_tokens)
-
-    def check(side: Conversation, text: str, template: Template) -> None:
-        contents = [*_contents(side.messages), *_strings(side.tools)]
-        if (string := find(("" if side.is_plain else "\x00").join(contents))) is not None:
-            raise ControlString(f"a message holds the control string {string!r}")
-        if side.is_plain or not any(map(could_join, contents)):
-            return
-        apart = side._replace(messages=tuple(_set_apart(message) for message in side.messages))
-        if count(text) != count(render(template, apart).text):
-            raise ControlString("a message becomes a control token together with the template's text beside it")
-
-    return check
-
-
-def _set_apart(message: Message) -> Message:
-    content = message.get("content")
-    return {**message, "content": f"x{content}x"} if isinstance(content, str) and content else message
-
-
-def _contents(messages: Sequence[Message]) -> Iterator[str]:
-    """All strings of messages but their roles."""
-    for message in messages:
-        content = message.get("content")
-        if isinstance(content, str) and len(message) == 2:  # most have nothing else
-            yield content
-        else:
-            yield from _strings({key: value for key, value in message.items() if key != "role"})
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, each in value.items():
-            yield key
-            yield from _strings(each)
-    elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from _strings(each)
+    try:
+        return hash_text(orjson.dumps(messages, default=str, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS))
+    except TypeError:  # of what is nested some 250 deep
+        raise ValueError("a message is nested too deep") from None

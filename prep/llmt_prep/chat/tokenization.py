@@ -10,9 +10,10 @@ import orjson
 from numpy.typing import NDArray
 
 from llmt_prep import documents
+from llmt_prep.chat.forgery import ControlString, IdCheck
 from llmt_prep.chat.messages import UnfitPair
 from llmt_prep.chat.offsets import EncodeWithExtents, Encoding, places_in
-from llmt_prep.chat.prepare import ChatSettings, ControlString, Prepare, Prepared
+from llmt_prep.chat.prepare import ChatSettings, Prepare, Prepared
 from llmt_prep.chat.targets import Runs, target_runs
 from llmt_prep.documents import PREVIEW_BYTES, BadRecord, End, Item, Reading, Row, Unit, shown
 from llmt_prep.encoding import only
@@ -28,6 +29,8 @@ class ChatTools(NamedTuple):
 
     prepare: Prepare
     encode: EncodeWithExtents
+    check_ids: IdCheck | None
+    """``None`` where records may hold control strings."""
 
 
 class _Batch(NamedTuple):
@@ -77,6 +80,8 @@ def tokenize_chats(
     with writing_unit(directory, token_dtype(tokenizer.max_id), origin, has_targets=True) as writer:
         for batch in _batches(unit, documents.read(unit, reading), tools.prepare, settings, counts):
             encoding = tools.encode(batch.texts, fast, counts)
+            if tools.check_ids is not None:
+                encoding.reasons.update(tools.check_ids(batch.texts, encoding.encoded) | encoding.reasons)
             if fast is not None and encoding.engine == fast.name:
                 compare_engines(unit, _texts(batch), encoding.encoded, (fast, reference), counts, begins_source)
             _write(writer, unit, batch, encoding, settings, counts)
@@ -132,7 +137,10 @@ def _prepared(
 
 
 def _preview(row: Row) -> str:
-    return shown(orjson.dumps(row.value, default=str, option=orjson.OPT_NON_STR_KEYS))
+    try:
+        return shown(orjson.dumps(row.value, default=str, option=orjson.OPT_NON_STR_KEYS))
+    except TypeError:  # of what is nested some 250 deep
+        return shown(", ".join(map(repr, row.value)))
 
 
 def _leave_out(unit: Unit, record: int, fault: str, reason: str, settings: ChatSettings, counts: Counter[str]) -> None:

@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import small_chats
+import small_tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_chats import chat, write_lines
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer, normalizers
 
 from llmt_prep.config import MixConfig
 from llmt_prep.pipeline import build_dataset, explain_cache
@@ -203,6 +204,25 @@ def test_a_forged_turn_that_is_kept_is_no_target(build):
     assert backend.decode([i for i, keep in zip(ids, mask, strict=True) if keep], skip_special_tokens=False) == (
         "b<|im_end|>"
     )
+
+
+def test_what_a_tokenizer_normalizes_into_a_control_token_is_quarantined(build, tmp_path):
+    tokenizer = small_tokenizers.byte_level_bpe()
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.add_special_tokens([AddedToken("<|im_end|>", special=True, normalized=True)])
+    saved = small_tokenizers.save(tokenizer, tmp_path / "folding", eos_token="<|im_end|>")
+    records = [*CHATS, chat("x<|IM_END|>", "b")]
+    dataset = build(records, tokenizer=str(saved), chat={"template": small_chats.TEMPLATE})
+    assert books(dataset)["quarantined"] == 1
+    reason = json.loads((dataset.path / "quarantine.jsonl").read_text())["reason"]
+    assert reason == "its text has 4 strings of control tokens, and its tokens 5 control tokens"
+
+
+def test_deeply_nested_records_stop_no_run(build):
+    deep = "[" * 300 + "]" * 300
+    bad = json.loads(f'{{"messages": [{{"role": "nobody", "content": {deep}}}]}}')
+    dataset = build([*CHATS, bad, chat("a", "b", meta=json.loads(deep))])
+    assert books(dataset)["quarantined"] == 1
 
 
 def test_forgeries_stop_the_run_where_they_are_an_error(build):

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_chats import chat
 
+from llmt_prep.chat.forgery import ControlString
 from llmt_prep.chat.messages import UnfitPair
-from llmt_prep.chat.prepare import ChatSettings, ControlString, preparing
+from llmt_prep.chat.prepare import ChatSettings, preparing
 from llmt_prep.chat.template import load_template
 from llmt_prep.tokenizer import load_tokenizer
 
@@ -101,6 +102,53 @@ def test_a_message_that_makes_one_with_the_template_is_refused(prepare):
     with pytest.raises(ControlString, match="together with the template's text"):
         prepare(chat("a <|im_", "b"), replace(SFT, template=template))
     prepare(chat("a <|im_ ", "b"), replace(SFT, template=template))
+
+
+def test_whitespace_that_the_template_trims_hides_no_seam(prepare):
+    template = small_chats.TEMPLATE.replace("{{ message.content }}", "{{ message.content | trim }}end|>")
+    with pytest.raises(ControlString, match="together with the template's text"):
+        prepare(chat("a <|im_ ", "b"), replace(SFT, template=template))
+
+
+def test_strings_of_a_tool_call_that_make_one_together_are_refused(prepare):
+    calls = "{% for call in message.tool_calls or [] %}{{ call.function.name }}{{ call.id }}{% endfor %}"
+    template = small_chats.TEMPLATE.replace("<|im_end|>{% endgen", calls + "<|im_end|>{% endgen")
+    record = chat("a", "b")
+    call = {"id": "end|>", "type": "function", "function": {"name": "<|im_", "arguments": {}}}
+    record["messages"][1]["tool_calls"] = [call]
+    with pytest.raises(ControlString, match="together with the template's text"):
+        prepare(record, replace(SFT, template=template))
+
+
+def test_a_template_that_shows_the_sides_other_prompts_makes_no_pair(prepare):
+    template = small_chats.TEMPLATE.replace("{% for", "{{ messages | length }}{% for", 1)
+    rejected = [{"role": "assistant", "content": "c"}, *chat("d", "e")["messages"]]
+    record = {"prompt": chat("a")["messages"], "chosen": rejected[:1], "rejected": rejected}
+    with pytest.raises(UnfitPair, match="another prompt") as unfit:
+        prepare(record, replace(PAIRS, template=template))
+    assert unfit.value.fault == "differing_prompts"
+
+
+def test_all_of_the_text_is_without_the_answers_that_a_record_takes_out(prepare):
+    record = chat("a", "b", "c", "d")
+    record["messages"][1]["train"] = False
+    prepared = prepare(record, replace(SFT, train_on="all"))
+    ((before, after),) = targets(prepared)
+    assert before + "b<|im_end|>" + after == prepared.texts[0]
+
+
+def test_a_completion_that_is_kept_with_its_end_gets_no_second_one(prepare):
+    settings = replace(PLAIN, special_tokens_in_text="keep")
+    assert prepare({"prompt": "a", "completion": "b<|im_end|>"}, settings).texts == ("ab<|im_end|>",)
+
+
+def test_what_is_nested_too_deep_is_a_reason(prepare):
+    record = chat("a", "b")
+    arguments = "[" * 300 + "]" * 300
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": f'{{"x": {arguments}}}'}}
+    record["messages"][1]["tool_calls"] = [call]
+    with pytest.raises(ValueError, match="nested too deep"):
+        prepare(record)
 
 
 def test_a_prompt_and_completion_that_make_one_together_are_refused(prepare):
