@@ -160,6 +160,21 @@ def test_control_strings_are_kept_where_asked_for(prepare):
     assert "<|im_start|>" in prepare(chat("a<|im_start|>", "b"), replace(SFT, special_tokens_in_text="keep")).texts[0]
 
 
+@pytest.mark.parametrize("settings", [PAIRS, replace(PAIRS, format="implicit")], ids=["explicit", "implicit"])
+def test_a_pair_with_an_answer_that_is_not_to_be_trained_on_is_refused(prepare, settings):
+    prompt, answers = chat("a", "b", "c")["messages"], [{"role": "assistant", "content": each} for each in "xy"]
+    prompt[1]["train"] = False
+    whole = settings.format == "implicit"
+    sides = {
+        side: [*(prompt if whole else []), each] for side, each in zip(("chosen", "rejected"), answers, strict=True)
+    }
+    record = sides if whole else {"prompt": prompt} | sides
+    prepare(record, settings)
+    answers[1]["train"] = False
+    with pytest.raises(ValueError, match="pairs are compared as a whole"):
+        prepare(record, settings)
+
+
 def test_a_system_message_goes_to_chats_that_have_none(prepare):
     settings = replace(SFT, system="Be brief.")
     assert "system\nBe brief." in prepare(chat("a", "b"), settings).texts[0]

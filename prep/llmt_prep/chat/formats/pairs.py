@@ -1,16 +1,24 @@
 """Records of preference data to pairs: with the prompt apart, inside both sides, or as transcripts."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from llmt_prep.chat.formats.chats import text_or_messages
 from llmt_prep.chat.formats.fields import Names, Record, field, found
-from llmt_prep.chat.formats.turns import check_order, message_reader, read_turns, system_reader, tools_reader
+from llmt_prep.chat.formats.turns import (
+    check_order,
+    flags_reader,
+    message_reader,
+    read_turns,
+    system_reader,
+    tools_reader,
+)
 from llmt_prep.chat.messages import Message, PreferencePair, UnfitPair
 
 Messages = tuple[Message, ...]
 ReadPair = Callable[[Record], PreferencePair]
+Flags = Callable[[Sequence[Any], Sequence[Message]], tuple[bool, ...]]
 
 _QUESTION, _ANSWER = "\n\nHuman:", "\n\nAssistant:"
 _TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -25,15 +33,20 @@ def explicit_format(names: Names) -> ReadPair:
     fields = [(name, role, field(names, name)) for name, role in
               (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant"))]  # fmt: skip
     read_turn, system, tools = message_reader(names), system_reader(names), tools_reader(names)
+    flags = flags_reader(names)
 
     def read(record: Record) -> PreferencePair:
         asked, chosen, rejected = (
             text_or_messages(value(record), names, name, role, read_turn) for name, role, value in fields
         )
+        trained = [
+            _flags(value(record), side, flags) for (*_, value), side in zip(fields[1:], (chosen, rejected), strict=True)
+        ]
         prompt = system(record) + asked
         chosen, rejected = (
             _continuation(side, (prompt, asked), name) for side, name in ((chosen, "chosen"), (rejected, "rejected"))
         )
+        _require_trained(zip((chosen, rejected), trained, strict=True))
         return _fit(PreferencePair(prompt, chosen, rejected, tools(record)))
 
     return read
@@ -46,13 +59,19 @@ def implicit_format(names: Names) -> ReadPair:
     """
     sides = [(names.get(name, name), field(names, name)) for name in ("chosen", "rejected")]
     read_turn, system, tools = message_reader(names), system_reader(names), tools_reader(names)
+    flags = flags_reader(names)
 
     def read(record: Record) -> PreferencePair:
         chosen, rejected = (system(record) + read_turns(side(record), place, read_turn) for place, side in sides)
         if chosen == rejected:
             raise _identical()
         border = _border(chosen, rejected)
+        trained = [
+            _flags(side(record), messages[len(system(record)) :], flags)
+            for (_, side), messages in zip(sides, (chosen, rejected), strict=True)
+        ]
         prompt, chosen, rejected = chosen[:border], chosen[border:], rejected[border:]
+        _require_trained(zip((chosen, rejected), trained, strict=True))
         if not any(message["role"] == "user" for message in prompt):
             raise UnfitPair("differing_prompts", "chosen and rejected have no user message in common")
         for side in (chosen, rejected):
@@ -62,6 +81,20 @@ def implicit_format(names: Names) -> ReadPair:
         return _fit(PreferencePair(prompt, chosen, rejected, tools(record)))
 
     return read
+
+
+def _flags(raw: object, messages: Sequence[Message], flags: Flags) -> tuple[bool, ...]:
+    return flags(raw, messages) if isinstance(raw, list) else ()
+
+
+def _require_trained(sides: Iterable[tuple[Sequence[Message], tuple[bool, ...]]]) -> None:
+    """Both continuations are compared as a whole; flags of the prompt, which is never trained on, mean nothing."""
+    for continuation, trained in sides:
+        for message, is_trained in zip(reversed(continuation), reversed(trained), strict=False):
+            if message["role"] == "assistant" and not is_trained:
+                raise ValueError(
+                    "an answer is not to be trained on, and pairs are compared as a whole; remove its flag"
+                )
 
 
 def transcript_format(names: Names) -> ReadPair:
