@@ -29,8 +29,9 @@ def with_template(said: str, tokenizer: LoadedTokenizer) -> LoadedTokenizer:
     template that it learned.
 
     Raises:
-        ConfigError: there is no such template, or it gives no clean targets.
+        ConfigError: there is no such template, or it gives no clean targets; text never becomes BOS or EOS.
     """
+    _require_ends(tokenizer)
     template = load_template(said, tokenizer)
     require_usable(template)
     if said == "auto":
@@ -38,6 +39,19 @@ def with_template(said: str, tokenizer: LoadedTokenizer) -> LoadedTokenizer:
     others = {name: content for name, content in tokenizer.files.items() if not name.startswith(_OWN_TEMPLATES)}
     files = dict(sorted({**others, _TEMPLATE_FILE: template.source.encode()}.items()))
     return replace(tokenizer, files=files, digest=digest_of(files))
+
+
+def _require_ends(tokenizer: LoadedTokenizer) -> None:
+    """A model whose template spells its end token in letters would never learn to stop."""
+    backend = tokenizer.backend
+    backend.encode_special_tokens = False
+    for role, token_id in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id)):
+        token = None if token_id is None else backend.id_to_token(token_id)
+        if token is not None and token_id not in backend.encode(token, add_special_tokens=False).ids:
+            raise ConfigError(
+                f"tokenizer: its {role} token {token!r} is in the vocabulary, but no added token: text never becomes "
+                f"it; `llmt-prep tokenizer extend TOKENIZER --special-token '{token}' --out FOLDER` makes it one"
+            )
 
 
 def with_formats(config: MixConfig, inputs: Inputs) -> MixConfig:

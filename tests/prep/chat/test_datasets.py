@@ -218,6 +218,15 @@ def test_what_a_tokenizer_normalizes_into_a_control_token_is_quarantined(build, 
     assert reason == "its text has 4 strings of control tokens, and its tokens 5 control tokens"
 
 
+def test_an_end_token_that_text_never_becomes_is_refused(build, tmp_path):
+    tokenizer = small_tokenizers.byte_level_bpe()
+    content = json.loads(tokenizer.to_str())
+    content["model"]["vocab"]["<|stop|>"] = tokenizer.get_vocab_size()
+    spelled = small_tokenizers.save(Tokenizer.from_str(json.dumps(content)), tmp_path / "t", eos_token="<|stop|>")
+    with pytest.raises(ConfigError, match=r"its eos token '<\|stop\|>' is in the vocabulary, but no added token"):
+        build(CHATS, tokenizer=str(spelled), chat={"template": small_chats.TEMPLATE})
+
+
 def test_deeply_nested_records_stop_no_run(build):
     deep = "[" * 300 + "]" * 300
     bad = json.loads(f'{{"messages": [{{"role": "nobody", "content": {deep}}}]}}')
