@@ -50,7 +50,7 @@ def _require_ends(tokenizer: LoadedTokenizer) -> None:
         if token is not None and token_id not in backend.encode(token, add_special_tokens=False).ids:
             raise ConfigError(
                 f"tokenizer: its {role} token {token!r} is in the vocabulary, but no added token: text never becomes "
-                f"it; `llmt-prep tokenizer extend TOKENIZER --special-token '{token}' --out FOLDER` makes it one"
+                f"it; save the tokenizer again with transformers, which adds the tokens that are named, or name another"
             )
 
 
