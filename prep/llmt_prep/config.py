@@ -184,7 +184,8 @@ class MixConfig(StrictModel):
     eos: Literal["always", "never"] = "always"
     """Ends every document; only a document's last piece has it."""
     special_tokens_in_text: Literal["as_text", "error", "keep"] = "as_text"
-    """What "<|endoftext|>" in a document becomes: plain text, an error, or the control token."""
+    """What "<|endoftext|>" in a document becomes: plain text, an error, or the control token. A chat that holds such a
+    string is quarantined under `as_text`: its text is one with the template's, whose strings must become tokens."""
     max_bad: Annotated[int | str, BeforeValidator(_max_bad)] = "1%"
     """Records of a source that may be unusable, as a number or a share, before the run stops."""
     max_record_bytes: Annotated[Bytes, Field(ge=1024)] = 134_217_728

@@ -42,15 +42,18 @@ def control_string_lister(control_tokens: Sequence[str]) -> Callable[[str], list
 def seam_finder(control_tokens: Sequence[str]) -> Callable[[str], bool]:
     """Return a function that tells whether a text could become a control string together with what stands beside it.
 
-    It could where it ends as one begins, or begins as one ends.
+    It could where it ends as one begins, begins as one ends, or is the middle of one.
     """
     strings = [*filter(None, control_tokens)]
     heads = {string[:cut] for string in strings for cut in range(1, len(string))}
     tails = {string[cut:] for string in strings for cut in range(1, len(string))}
+    middles = {tail[:cut] for tail in tails for cut in range(1, len(tail))}
     first, last = (_any_of({string[place] for string in strings}) for place in (0, -1))
     longest = max(map(len, strings), default=1)
 
     def find(text: str) -> bool:
+        if text in middles:
+            return True
         end, start = text[-longest:], text[:longest]
         if first.search(end) is None and last.search(start) is None:
             return False

@@ -79,7 +79,7 @@ def preparing(settings: ChatSettings, template: Template, tokenizer: LoadedToken
         first = len(sides[0].messages) - len(found.chosen) if isinstance(found, PreferencePair) else 0
         spans = tuple(_spans(*each, first, settings) for each in zip(rendered, sides, strict=True))
         if isinstance(found, PreferencePair):
-            _check_prompts(rendered, spans)
+            _check_sides(rendered, spans)
         return Prepared(
             record=record,
             texts=tuple(each.text for each in rendered),
@@ -91,8 +91,10 @@ def preparing(settings: ChatSettings, template: Template, tokenizer: LoadedToken
     return prepare
 
 
-def _check_prompts(rendered: Sequence[Rendered], spans: Sequence[tuple[Span, ...]]) -> None:
-    """A template may show the same prompt otherwise where other messages follow it."""
+def _check_sides(rendered: Sequence[Rendered], spans: Sequence[tuple[Span, ...]]) -> None:
+    """A template may trim what made two sides differ, and show a prompt otherwise where other messages follow it."""
+    if rendered[0].text == rendered[1].text:
+        raise UnfitPair("identical_sides", "the template makes the same text of chosen and rejected")
     prompts = {each.text[: of_text[0][0]] for each, of_text in zip(rendered, spans, strict=True) if of_text}
     if len(prompts) > 1:
         raise UnfitPair("differing_prompts", "the template writes another prompt before chosen than before rejected")

@@ -11,6 +11,7 @@ from llmt_prep.chat.lint import require_usable
 from llmt_prep.chat.prepare import ChatSettings
 from llmt_prep.chat.template import load_template
 from llmt_prep.config import MixConfig
+from llmt_prep.control import control_string_finder
 from llmt_prep.documents import Row
 from llmt_prep.inputs import Inputs, reading_of
 from llmt_prep.tokenizer import LoadedTokenizer, digest_of
@@ -76,6 +77,7 @@ def chat_settings(config: MixConfig, tokenizer: LoadedTokenizer) -> list[ChatSet
     """
     assert config.kind != "pretrain", "of chats and pairs"
     template = load_template("auto", tokenizer)
+    _check_system(config, tokenizer)
     refused = [fault for fault, said in config.pairs.model_dump().items() if said == "error"]
     refused += ["without_targets"] if config.chat.without_targets == "error" else []
     return [
@@ -93,6 +95,12 @@ def chat_settings(config: MixConfig, tokenizer: LoadedTokenizer) -> list[ChatSet
         )
         for said in config.sources.values()
     ]
+
+
+def _check_system(config: MixConfig, tokenizer: LoadedTokenizer) -> None:
+    found = control_string_finder(tokenizer.control_tokens)(config.chat.system or "")
+    if found is not None and config.special_tokens_in_text != "keep":
+        raise ConfigError(f"chat.system: holds the control string {found!r}; write it without")
 
 
 def _format(config: MixConfig, inputs: Inputs, source: int, name: str) -> str:

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -106,8 +107,8 @@ def _sources(said: str, tokenizer: LoadedTokenizer) -> tuple[str, dict[str, str]
         return said, {"default": file.read_text("utf-8")}
     if "{{" in said or "{%" in said:
         return "of the mix", {"default": said}
-    path = Path(said).expanduser()
-    if said.endswith(".jinja") or path.exists():
+    path = Path(os.path.expanduser(said))
+    if said.endswith(".jinja") or os.path.exists(path):  # which is False of what can be no path
         return said, {"default": _read(path)}
     near = difflib.get_close_matches(said, BUILT_IN, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""

@@ -76,6 +76,7 @@ def tokenize_chats(
         EngineDiffers: the fast engine does not give what the reference gives.
     """
     counts: Counter[str] = Counter()
+    engines: set[str] = set()
     reference = reference_engine(tokenizer, keep_control=True)
     with writing_unit(directory, token_dtype(tokenizer.max_id), origin, has_targets=True) as writer:
         for batch in _batches(unit, documents.read(unit, reading), tools.prepare, settings, counts):
@@ -84,9 +85,11 @@ def tokenize_chats(
                 encoding.reasons.update(tools.check_ids(batch.texts, encoding.encoded) | encoding.reasons)
             if fast is not None and encoding.engine == fast.name:
                 compare_engines(unit, _texts(batch), encoding.encoded, (fast, reference), counts, begins_source)
+            engines.add(encoding.engine)
             _write(writer, unit, batch, encoding, settings, counts)
         check()
-        return writer.finish({name: counts[name] for name in COUNTED}, (fast or reference).name)
+        used = fast if fast is not None and fast.name in engines else reference
+        return writer.finish({name: counts[name] for name in COUNTED}, used.name)
 
 
 def _batches(

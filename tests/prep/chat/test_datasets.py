@@ -301,6 +301,8 @@ def test_a_mix_of_formats_is_read_source_by_source(build, tmp_path):
         ({"eos": "always"}, "`eos` is for kind pretrain"),
         ({"source": {"text_field": "x"}}, "`sources.a.text_field` means nothing for kind sft"),
         ({"chat": {"template": "chatlm"}}, "did you mean 'chatml'"),
+        ({"chat": {"template": "no such name " * 400}}, "no such template"),
+        ({"chat": {"system": "Be <|im_end|>"}}, r"chat.system: holds the control string '<\|im_end\|>'"),
         ({"source": {"format": "transcript"}}, "format transcript is of preference data, and this mix is sft"),
         ({"source": {"fields": {"messgaes": "x"}}}, "did you mean 'messages'"),
     ],

@@ -110,6 +110,19 @@ def test_whitespace_that_the_template_trims_hides_no_seam(prepare):
         prepare(chat("a <|im_ ", "b"), replace(SFT, template=template))
 
 
+def test_the_middle_of_a_control_string_is_refused_where_the_template_has_its_ends(prepare):
+    template = small_chats.TEMPLATE.replace("{{ message.content }}", "<{{ message.content }}>")
+    with pytest.raises(ControlString, match="together with the template's text"):
+        prepare(chat("|im_start|", "b"), replace(SFT, template=template))
+
+
+def test_sides_that_the_template_makes_the_same_are_identical(prepare):
+    template = small_chats.TEMPLATE.replace("{{ message.content }}", "{{ message.content | trim }}")
+    with pytest.raises(UnfitPair) as unfit:
+        prepare({"prompt": "a", "chosen": "b", "rejected": " b "}, replace(PAIRS, template=template))
+    assert unfit.value.fault == "identical_sides"
+
+
 def test_strings_of_a_tool_call_that_make_one_together_are_refused(prepare):
     calls = "{% for call in message.tool_calls or [] %}{{ call.function.name }}{{ call.id }}{% endfor %}"
     template = small_chats.TEMPLATE.replace("<|im_end|>{% endgen", calls + "<|im_end|>{% endgen")

@@ -10,7 +10,8 @@ from llmt_prep.chat.messages import Message
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 TURN_FIELDS = (
-    "role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "thinking", "train", "weight",
+    "role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "thinking", "reasoning",
+    "train", "weight",
 )  # fmt: skip
 """What an OpenAI-style message may have; other fields of it are not read."""
 
@@ -45,8 +46,8 @@ def message_reader(names: Names) -> ReadTurn:
     """Return a function that reads one OpenAI-style message.
 
     A content that is a list of text parts becomes their texts, joined by nothing. The content of an assistant's
-    message with tool calls may be null, which becomes "". `thinking` is given as `reasoning_content` too: templates
-    look for the one or the other.
+    message with tool calls may be null, which becomes "". `thinking`, or else `reasoning`, is given as
+    `reasoning_content` too: templates look for the one or the other.
     """
     role_key, content_key = names.get("role", "role"), names.get("content", "content")
     is_renamed = (role_key, content_key) != ("role", "content")
@@ -142,15 +143,15 @@ def check_order(messages: Sequence[Message]) -> None:
 
 
 def _extras_reader(names: Names) -> Callable[[Record, str], dict[str, Any]]:
-    calls_key, reasoning_key, thinking_key = (
-        names.get(name, name) for name in ("tool_calls", "reasoning_content", "thinking")
-    )
+    calls_key, reasoning_key = (names.get(name, name) for name in ("tool_calls", "reasoning_content"))
+    thinking_keys = [names.get(name, name) for name in ("reasoning", "thinking")]
     labels = [(name, names.get(name, name)) for name in ("tool_call_id", "name")]
 
     def read(turn: Record, role: str) -> dict[str, Any]:
         extras: dict[str, Any] = {name: turn[key] for name, key in labels if turn.get(key) is not None}
-        if (thinking := turn.get(thinking_key)) is not None:
-            extras |= {"reasoning_content": thinking, "thinking": thinking}
+        for key in thinking_keys:
+            if (thinking := turn.get(key)) is not None:
+                extras |= {"reasoning_content": thinking, "thinking": thinking}
         if (reasoning := turn.get(reasoning_key)) is not None:
             extras["reasoning_content"] = reasoning
         if wrong := next((name for name, value in extras.items() if not isinstance(value, str)), None):
