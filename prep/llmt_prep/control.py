@@ -16,9 +16,8 @@ def control_string_finder(control_tokens: Sequence[str]) -> Callable[[str], str 
     Tokenizers have hundreds of them and few texts hold any, so a text is first searched for their first two
     characters, of which there are few kinds.
     """
-    strings = sorted(filter(None, control_tokens), key=len, reverse=True)  # a longer one wins over its own start
-    starts = sorted({string[:2] for string in strings})
-    pattern = re.compile("|".join(map(re.escape, strings)))
+    starts = sorted({string[:2] for string in filter(None, control_tokens)})
+    pattern = _any_of(control_tokens)
 
     def find(text: str) -> str | None:
         for start in starts:
@@ -34,9 +33,7 @@ def control_string_finder(control_tokens: Sequence[str]) -> Callable[[str], str 
 
 def control_string_lister(control_tokens: Sequence[str]) -> Callable[[str], list[str]]:
     """Return a function that lists the control strings in a text, in order."""
-    strings = sorted(filter(None, control_tokens), key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, strings)) or r"(?!)")
-    return pattern.findall
+    return _any_of(control_tokens).findall
 
 
 def seam_finder(control_tokens: Sequence[str]) -> Callable[[str], bool]:
@@ -62,8 +59,9 @@ def seam_finder(control_tokens: Sequence[str]) -> Callable[[str], bool]:
     return find
 
 
-def _any_of(characters: Collection[str]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, sorted(characters))) or r"(?!)")
+def _any_of(strings: Collection[str]) -> re.Pattern[str]:
+    longest_first = sorted(filter(None, strings), key=len, reverse=True)  # a longer one wins over its own start
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 def control_id_finder(control_ids: Collection[int]) -> Callable[[NDArray[np.uint32]], NDArray[np.intp]]:

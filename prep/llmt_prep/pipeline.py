@@ -128,7 +128,8 @@ def _build(config: MixConfig, workers: int, force: bool, rehash: bool) -> Built:
     tokenizer = _tokenizer(config)
     with clock("hash"):
         inputs = find_inputs(config, cache_of(config), workers, rehash=rehash, remember=True)
-    mix = resolved(_with_formats(config, inputs), inputs.commits, tokenizer.commit)
+    config = _with_formats(config, inputs)
+    mix = resolved(config, inputs.commits, tokenizer.commit)
     recipe = recipe_of(mix, inputs.files, tokenizer.digest)
     if not force and (done := _finished(config.output, recipe)) is not None:
         staging.clear(config.output)  # what a `--force` left that was stopped and is not wanted any more

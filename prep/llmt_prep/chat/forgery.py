@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from llmt_prep.chat.messages import Conversation, Message
+from llmt_prep.chat.messages import Conversation, Message, strings_in
 from llmt_prep.chat.render import render
 from llmt_prep.chat.template import Template
 from llmt_prep.control import control_id_finder, control_string_finder, control_string_lister, seam_finder
@@ -31,7 +31,7 @@ def content_check(tokenizer: LoadedTokenizer) -> ContentCheck:
     could_join = seam_finder(tokenizer.control_tokens)
 
     def check(side: Conversation, text: str, template: Template) -> None:
-        contents = [*_contents(side.messages), *_strings(side.tools)]
+        contents = [*_contents(side.messages), *strings_in(side.tools)]
         if (string := find(("" if side.is_plain else "\x00").join(contents))) is not None:
             raise ControlString(f"a message holds the control string {string!r}")
         if side.is_plain or not any(could_join(content.strip()) for content in contents):
@@ -80,17 +80,4 @@ def _contents(messages: Sequence[Message]) -> Iterator[str]:
         if isinstance(content, str) and len(message) == 2:  # most have nothing else
             yield content
         else:
-            yield from _strings({key: value for key, value in message.items() if key != "role"})
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """All strings in a value, keys too."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, each in value.items():
-            yield key
-            yield from _strings(each)
-    elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from _strings(each)
+            yield from strings_in({key: value for key, value in message.items() if key != "role"})

@@ -1,6 +1,6 @@
 """What chats are once they are read: messages as templates want them, whatever format they came in."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 Message = Mapping[str, Any]
@@ -41,3 +41,17 @@ class UnfitPair(ValueError):  # noqa: N818  a finding about data, which a settin
 
 FAULTS = ("differing_prompts", "identical_sides", "empty_answer")
 """The sides do not continue the same prompt; they are the same; one of them says nothing."""
+
+
+def strings_in(value: Any) -> Iterator[str]:
+    """Yield all strings in a value as JSON has them, keys too, in no order; however deep it is nested."""
+    stack = [value]
+    while stack:
+        part = stack.pop()
+        if isinstance(part, str):
+            yield part
+        elif isinstance(part, Mapping):
+            yield from part
+            stack.extend(part.values())
+        elif isinstance(part, (list, tuple)):
+            stack.extend(part)

@@ -8,7 +8,7 @@ between them; where they are not, the template rewrites the past, and nothing ca
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from llmt_prep.chat.messages import Conversation, Message
+from llmt_prep.chat.messages import Conversation, Message, strings_in
 from llmt_prep.chat.sandbox import Compiled, render_text
 from llmt_prep.chat.template import Template
 
@@ -120,22 +120,8 @@ def _all_strings(messages: list[dict[str, Any]], tools: Sequence[Any]) -> list[s
             if type(value) is str:
                 found.append(value)
             else:
-                found += _strings(value)
-    return [*found, *_strings(tools)]
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """All strings in a value, keys too."""
-    stack = [value]
-    while stack:
-        part = stack.pop()
-        if isinstance(part, str):
-            yield part
-        elif isinstance(part, dict):
-            yield from part
-            stack.extend(part.values())
-        elif isinstance(part, (list, tuple)):
-            stack.extend(part)
+                found += strings_in(value)
+    return [*found, *strings_in(tools)]
 
 
 def _unmarked(text: str, begin: str, end: str) -> tuple[str, list[tuple[int, int]]]:

@@ -190,7 +190,7 @@ def _row(record: int, one: Any, reading: Reading) -> Row | BadRecord:
     value = _without_nulls(value)
     if one.nbytes > reading.max_record_bytes and (size := _size(value)) > reading.max_record_bytes:
         return BadRecord(record, too_large(size, reading), shown(str(value)[:PREVIEW_BYTES]))
-    return Row(record, value, one.nbytes)
+    return Row(record, value)
 
 
 def _size(value: Any) -> int:

@@ -143,7 +143,7 @@ def _decoded(record: int, data: bytes, size: int, reading: Reading) -> Document 
 def _parsed(record: int, line: bytes, field: str | None) -> Document | Row | BadRecord:
     try:
         value = orjson.loads(line)
-        return Document(record, _text_of(value, field)) if field is not None else Row(record, _object(value), len(line))
+        return Document(record, _text_of(value, field)) if field is not None else Row(record, _object(value))
     except orjson.JSONDecodeError as error:  # itself a ValueError
         return BadRecord(record, _why_not_json(line, error), shown(line))
     except ValueError as error:

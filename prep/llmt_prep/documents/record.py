@@ -49,8 +49,6 @@ class Row(NamedTuple):
     """As in `Document`."""
     value: dict[str, Any]
     """JSON values; of a table, all columns."""
-    size: int
-    """Bytes, about."""
 
 
 class BadRecord(NamedTuple):
