@@ -63,6 +63,8 @@ class PairTable(NamedTuple):
     """[R] pairs of each row."""
     segments: NDArray[np.int64]
     """[P, 2] chosen and rejected segment, counted through all segments of these rows."""
+    numbers: NDArray[np.int64]
+    """[P, 2] the same, counted through all segments of the split."""
     chosen_targets: NDArray[np.uint32]
     """[R] targets on the chosen sides of each row."""
 
@@ -168,8 +170,8 @@ class Split:
         borders, of_rows = self._borders(offsets, rows), self._borders(self._row_offsets, rows)
         per_row, num_segments = np.diff(borders)[:, 0], np.diff(of_rows)[:, 0]
         shift = np.cumsum(num_segments) - num_segments - of_rows[:, 0]  # from numbers in the split to those in the rows
-        found = _parts(segments, borders).astype(np.int64) + np.repeat(shift, per_row)[:, None]
-        return PairTable(per_row, found, chosen_targets.take(rows))
+        numbers = _parts(segments, borders).astype(np.int64)
+        return PairTable(per_row, numbers + np.repeat(shift, per_row)[:, None], numbers, chosen_targets.take(rows))
 
     def _borders(self, offsets: ChunkedArray, rows: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int64]:
         """[R, 2] first and last of what each row owns."""

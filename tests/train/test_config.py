@@ -51,7 +51,7 @@ def test_an_override_wins_over_the_file(tmp_path: Path) -> None:
 
 def test_every_mistake_is_listed_with_its_line(tmp_path: Path) -> None:
     text = """\
-task: dpo
+task: dopo
 model: {from_confg: {}}
 data: data/x
 batch: {tokens: -1, micro_row: 2}

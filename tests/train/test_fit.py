@@ -240,7 +240,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(data: Path, tmp_path
             is_bad = self.trainer.global_step == 3 and batch_idx % 3 == 1
             loss = super().training_step(batch, batch_idx)
             if is_bad:
-                self.step_loss += float("nan")
+                self.step_parts[-1].measures["loss"] += float("nan")
             return loss * float("nan") if is_bad else loss
 
     monkeypatch.setattr(fit_module, "TrainModule", Poisoned)

@@ -8,7 +8,7 @@ from torch import nn
 from train.tiny_models import CONFIGS, packed, tiny
 
 from llmt_shared.segments import IGNORE
-from llmt_train.head import HeadSpec, check_head, find_head, model_logps, token_logps
+from llmt_train.head import HeadSpec, check_head, find_head, model_scores, token_scores
 
 N, H, V = 23, 12, 37
 
@@ -23,6 +23,14 @@ def make(dtype=torch.float64, bias=True, scale=1.0, softcap=None):
     labels = torch.randint(V, (N,), generator=generator)
     labels[torch.randperm(N, generator=generator)[: N // 3]] = IGNORE
     return hidden, HeadSpec(linear, scale, softcap), labels
+
+
+def token_logps(hidden, head, labels, chunk=1024):
+    return token_scores(hidden, head, labels, (labels != IGNORE).nonzero()[:, 0], chunk=chunk).logps
+
+
+def model_logps(model, head, batch):
+    return model_scores(model, head, batch).logps
 
 
 def whole(hidden, head, labels):
@@ -49,6 +57,29 @@ def test_values_and_gradients_equal_the_whole_matrix(chunk, bias, scale, softcap
     got = value_and_gradients(lambda *x: token_logps(*x, chunk=chunk), *problem)
     assert got[0].dtype == torch.float64
     for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk", [7, 1000])
+@pytest.mark.parametrize("which", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 1, 2)])
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.5, 2.0)])
+def test_every_score_and_its_gradient_equal_the_whole_matrixs(chunk, which, scale, softcap):
+    """Alone and together: what is not used has no gradient."""
+
+    def chunked(hidden, head, labels):
+        places = (labels != IGNORE).nonzero()[:, 0]
+        scores = token_scores(hidden, head, labels, places, with_mean=True, chunk=chunk)
+        return sum((1 + i) * scores[i] ** 2 for i in which)
+
+    def plain(hidden, head, labels):
+        logits = head.linear(hidden) * head.scale
+        logits = head.softcap * torch.tanh(logits / head.softcap) if head.softcap else logits
+        lse = logits.logsumexp(-1)
+        scores = [whole(hidden, head, labels), lse, logits.mean(-1) - lse]
+        return sum((1 + i) * torch.where(labels == IGNORE, 0.0, scores[i]) ** 2 for i in which)
+
+    problem = make(scale=scale, softcap=softcap)
+    for a, b in zip(value_and_gradients(chunked, *problem), value_and_gradients(plain, *problem), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 

@@ -11,6 +11,7 @@ from llmt_train.batch import collate
 from llmt_train.head import find_head
 from llmt_train.module import TrainModule
 from llmt_train.objectives import clm
+from llmt_train.tasks import Task
 
 pytestmark = [
     # Lightning finds a validation_step without validation data; training alone is what these tests run.
@@ -59,13 +60,13 @@ class Recorder(pl.Callback):
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         self.gradients.append({name: p.grad.clone() for name, p in pl_module.model.named_parameters()})
-        self.losses.append(pl_module.step_loss.item())
+        self.losses.append(pl_module.step_measures()["loss"])
 
 
 def make_module(model, seed=7, lr=0.0, **keywords):
     return TrainModule(
         model,
-        clm,
+        keywords.pop("task", Task(clm, clm)),
         lambda m: torch.optim.SGD(m.parameters(), lr=lr),
         lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0),
         head=keywords.pop("head", find_head(model)),
@@ -203,11 +204,13 @@ def test_evaluation_sums_over_tokens_by_source(head_is_known):
         module.on_validation_epoch_start()
         for index, batch in enumerate(micro_batches(num_micro, 1.0)):
             module.validation_step(batch, index)
-        sums.append(module.eval_sums)
-    assert sums[0][:, 1].tolist() == [23 + 22 + 22, 10 + 1, 0 + 21]
-    torch.testing.assert_close(sums[1], sums[0], rtol=1e-12, atol=0)
+        sums.append([module.evaluation.means(source) for source in (0, 1, 2)])
+        totals = module.evaluation.means()
+    assert [source["targets"] for source in sums[0]] == [23 + 22 + 22, 10 + 1, 0 + 21]
+    for one, eight in zip(*sums, strict=True):
+        assert eight == pytest.approx(one, rel=1e-12)
     loss, _ = full_batch(model, micro_batches(1, TARGETS))
-    assert (sums[0][:, 0].sum() / TARGETS).item() == pytest.approx(loss, rel=1e-12)
+    assert totals == pytest.approx({"loss": loss, "nll": loss, "targets": TARGETS}, rel=1e-12)
 
 
 def test_lightnings_own_validation_runs_without_gradients_and_in_evaluation_mode():
@@ -217,8 +220,8 @@ def test_lightnings_own_validation_runs_without_gradients_and_in_evaluation_mode
     sums = []
     for _ in range(2):
         trainer.validate(module, Stream(batches), verbose=False)
-        sums.append(module.eval_sums)
-    assert torch.equal(sums[0], sums[1])
+        sums.append(module.evaluation.means())
+    assert sums[0] == sums[1]
     assert module.model.training
 
 

@@ -62,8 +62,9 @@ def test_chats_are_trained_on(packed, tmp_path):
     assert abs(logged[0]["loss"] - uniform) < 0.2
 
 
-@pytest.mark.parametrize(("which", "task", "message"), [(0, "pretrain", "is of kind sft; set `task: sft`"),
-                                                        (1, "sft", "holds preference pairs")])  # fmt: skip
-def test_a_task_of_another_kind_than_the_data_is_refused(packed, tmp_path, which, task, message):
-    with pytest.raises(ConfigError, match=message):
+@pytest.mark.parametrize(
+    ("which", "task", "way_out"), [(0, "pretrain", "`task: sft`"), (1, "sft", "`task: dpo` or `task: orpo`")]
+)
+def test_a_task_of_another_kind_than_the_data_is_refused(packed, tmp_path, which, task, way_out):
+    with pytest.raises(ConfigError, match=f"is of kind .*; set {way_out}"):
         fit(write_run(tmp_path, packed[which].path, task))

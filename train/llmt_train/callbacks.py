@@ -3,22 +3,20 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
 
-from llmt_shared.dataset import Dataset
 from llmt_shared.errors import DataError
-from llmt_train.config import RunConfig
-from llmt_train.data import Plan, eval_batches, rows_consumed, rows_of_step
+from llmt_train.data import eval_batches, rows_consumed, rows_of_step
 from llmt_train.metrics import MetricsFile
 from llmt_train.models import evaluating
-from llmt_train.module import TrainModule
+from llmt_train.module import StepPart, TrainModule
 from llmt_train.progress import Reporter
+from llmt_train.setup import Setup
 from llmt_train.stopping import StopRequest
 
 Record = dict[str, Any]
@@ -28,9 +26,7 @@ Record = dict[str, Any]
 class Run:
     """What the callback needs of a run that has been set up."""
 
-    config: RunConfig
-    dataset: Dataset
-    plan: Plan
+    setup: Setup
     metrics: MetricsFile
     reporter: Reporter
     stop: StopRequest
@@ -43,14 +39,13 @@ class StepCallback(Callback):
     """Lightning's hooks, mapped to what a step needs; steps are counted from 1 once they are done."""
 
     run: Run
-    _parts: list[Tensor] = field(default_factory=list)
     _record: Record | None = None
     _clock: float = 0.0
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Record) -> None:
         """Count the batches done in this run's micro-batches: their number may have changed since the checkpoint."""
         del trainer, pl_module
-        done = checkpoint["global_step"] * self.run.plan.accumulation
+        done = checkpoint["global_step"] * self.run.setup.plan.accumulation
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for counts in (progress["total"], progress["current"]):
             counts.update(ready=done, started=done, processed=done, completed=done - 1)
@@ -63,22 +58,17 @@ class StepCallback(Callback):
             self._evaluate(trainer, pl_module, 0)
         self._clock = time.monotonic()
 
-    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        """Keep each micro-batch's part of the step's loss, without waiting for the device."""
-        del trainer, pl_module
-        self._parts.append(loss.detach())
-
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Check that loss and gradient are finite before they reach the weights; clip."""
         assert isinstance(pl_module, TrainModule)
-        parts, self._parts = self._parts, []
-        loss = pl_module.step_loss.item()
-        norm = _clip(pl_module, self.run.config.optim.clip) if math.isfinite(loss) else math.nan
+        measures = pl_module.step_measures()
+        norm = _clip(pl_module, self.run.setup.config.optim.clip) if math.isfinite(measures["loss"]) else math.nan
         if not math.isfinite(norm):
-            raise DataError(_not_finite(self.run, trainer.global_step, loss, norm, [part.item() for part in parts]))
-        self._record = {"loss": loss, "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm}
+            raise DataError(_not_finite(self.run.setup, trainer.global_step, norm, pl_module.step_parts))
+        self._record = {"loss": measures.pop("loss"), "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm}
+        self._record |= with_perplexity(measures)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -90,11 +80,12 @@ class StepCallback(Callback):
         step, record = trainer.global_step, self._record
         self._record = None
         self._log(trainer, step, record)
-        is_last = step == self.run.plan.total_steps
-        if is_last or _is_due(step, self.run.config.eval.every):
+        config = self.run.setup.config
+        is_last = step == self.run.setup.plan.total_steps
+        if is_last or _is_due(step, config.eval.every):
             self._evaluate(trainer, pl_module, step)
         is_asked_to_stop = self.run.stop.signal_name is not None
-        if is_last or is_asked_to_stop or _is_due(step, self.run.config.save.every):
+        if is_last or is_asked_to_stop or _is_due(step, config.save.every):
             self.run.metrics.sync()
             self.run.save(trainer, step)
         if is_asked_to_stop:
@@ -102,8 +93,8 @@ class StepCallback(Callback):
         self._clock = time.monotonic()
 
     def _log(self, trainer: pl.Trainer, step: int, record: Record) -> None:
-        plan, before = self.run.plan, rows_consumed(self.run.plan, step - 1)
-        rows = rows_consumed(plan, step)
+        plan = self.run.setup.plan
+        before, rows = rows_consumed(plan, step - 1), rows_consumed(plan, step)
         seconds = max(time.monotonic() - self._clock, 1e-9)
         line = {
             "step": step,
@@ -118,33 +109,36 @@ class StepCallback(Callback):
         _to_loggers(trainer, {f"train/{key}": value for key, value in line.items() if key != "step"}, step)
 
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
-        if self.run.dataset.validation is None:
+        if "validation" not in self.run.setup.splits:
             return
         assert isinstance(pl_module, TrainModule)
-        result = evaluate(trainer, pl_module, self.run.dataset, self.run.plan.micro_rows)
+        result = evaluate(trainer, pl_module, self.run.setup, "validation")
         line = {"step": step, "eval": result}
         self.run.metrics.write(line)
         self.run.reporter.evaluation(line)
         scores = {f"eval/{name}": source["loss"] for name, source in result["sources"].items()}
-        _to_loggers(trainer, {"eval/loss": result["loss"], **scores}, step)
+        total = {f"eval/{name}": value for name, value in result.items() if isinstance(value, float)}
+        _to_loggers(trainer, total | scores, step)
 
 
 @torch.no_grad()
-def evaluate(trainer: pl.Trainer, module: TrainModule, dataset: Dataset, micro_rows: int) -> Record:
-    """Return the mean loss per target on the validation split, in total and by source, and the targets counted."""
-    assert dataset.validation is not None  # the caller has looked
+def evaluate(trainer: pl.Trainer, module: TrainModule, setup: Setup, split: str) -> Record:
+    """Return the means of every measure over a split, in total and by source, and the counts they are means over."""
     module.on_validation_epoch_start()
     with evaluating(module):
-        for index, batch in enumerate(eval_batches(dataset.validation, micro_rows)):
+        for index, batch in enumerate(eval_batches(setup.splits[split], setup.plan.micro_rows, setup.pairing[split])):
             trainer.strategy.validation_step(module.transfer_batch_to_device(batch, module.device, 0), index)
-    sums = module.eval_sums.tolist()
-    sources = {
-        name: {"loss": nll / targets, "targets": int(targets)}
-        for name, (nll, targets) in zip(dataset.sources, sums, strict=True)
-        if targets  # a source may hold out nothing
-    }
-    total = sum(targets for _, targets in sums)
-    return {"loss": sum(nll for nll, _ in sums) / max(1.0, total), "targets": int(total), "sources": sources}
+    by_source = {name: module.evaluation.means(index) for index, name in enumerate(setup.dataset.sources)}
+    # A source may hold out nothing.
+    sources = {name: with_perplexity(means) for name, means in by_source.items() if means}
+    return {**with_perplexity(module.evaluation.means()), "sources": sources}
+
+
+def with_perplexity(means: dict[str, float]) -> Record:
+    """Add the perplexity, weighted by tokens, of a negative log-likelihood; infinite where that overflows."""
+    if "nll" not in means:
+        return means
+    return means | {"perplexity": math.exp(means["nll"]) if means["nll"] < 700 else math.inf}
 
 
 def _is_due(step: int, every: int | None) -> bool:
@@ -167,22 +161,24 @@ def _clip(module: torch.nn.Module, largest: float | None) -> float:
     return torch.nn.utils.clip_grad_norm_(parameters, math.inf if largest is None else largest).item()
 
 
-def _not_finite(run: Run, step: int, loss: float, norm: float, parts: list[float]) -> str:
+def _not_finite(setup: Setup, step: int, norm: float, parts: list[StepPart]) -> str:
     """Name the rows and documents of the step: of those micro-batches that are to blame, where that is known."""
+    losses = [part.measures["loss"].item() for part in parts]
+    loss = sum(losses)
     what = f"the loss is {loss:.4f}" + (f", but the norm of its gradient {norm}" if math.isfinite(loss) else "")
-    plan, rows = run.plan, rows_of_step(run.plan, step).tolist()
+    plan, rows = setup.plan, rows_of_step(setup.plan, step).tolist()
     blamed = [
         row
-        for micro, part in enumerate(parts)
+        for micro, part in enumerate(losses)
         if not math.isfinite(part)
         for row in rows[micro * plan.micro_rows : (micro + 1) * plan.micro_rows]
     ] or rows
-    table = run.dataset.train.segments(blamed[:8])
+    table = setup.dataset.train.segments(blamed[:8])
     pairs = zip(table.source.tolist(), table.document.tolist(), strict=True)
-    documents = dict.fromkeys(f"{run.dataset.sources[source]}:{document}" for source, document in pairs)
+    documents = dict.fromkeys(f"{setup.dataset.sources[source]}:{document}" for source, document in pairs)
     return (
         f"step {step + 1}: {what}; stopped before it reached the weights. Rows {_shorten(blamed)}; documents "
-        f"{_shorten(list(documents))}. `llmt-prep inspect {run.dataset.path} --row {blamed[0]}` shows a row; "
+        f"{_shorten(list(documents))}. `llmt-prep inspect {setup.dataset.path} --row {blamed[0]}` shows a row; "
         f"a lower optim.lr or a longer optim.warmup mends most such runs"
     )
 

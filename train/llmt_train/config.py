@@ -50,6 +50,56 @@ class BatchConfig(StrictModel):
     """Rows of one forward and backward pass; more use more memory. The step's rows need not divide by it."""
 
 
+class ClmConfig(StrictModel):
+    """Next-token prediction, for tasks pretrain and sft."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    z_loss: Annotated[float, Ge(0)] = 0.0
+    """Factor of the squared log of the softmax's normaliser (PaLM: 1e-4); 0 is none."""
+    label_smoothing: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Share of each target that is spread evenly over the vocabulary; 0 is none."""
+    neftune: Annotated[float, Ge(0)] = 0.0
+    """Noise on the embeddings (alpha of NEFTune, 5 to 15), scaled by each document's own length; 0 is none."""
+
+
+class DpoConfig(StrictModel):
+    """Direct preference optimisation, for task dpo."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    loss: Literal["sigmoid", "robust", "ipo"] = "sigmoid"
+    """robust corrects for `label_smoothing` flipped pairs, where sigmoid becomes conservative DPO."""
+    beta: Annotated[float, Gt(0)] = 0.1
+    """How strongly the policy is held to the reference; ipo aims at a margin of 1 / (2 beta)."""
+    label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0
+    """Share of pairs that are expected to be the wrong way round."""
+    length_normalised: bool = False
+    """Divide each side's log-ratio by its number of targets."""
+    reference: Literal["model", "precomputed", "none"] = "model"
+    """model: the model as it is loaded, kept beside the one that trains (with `lora`, the same without its adapters).
+    precomputed: what `llmt-train ref` wrote beside the dataset. none: reference-free."""
+    sft_weight: Annotated[float, Ge(0)] = 0.0
+    """Factor of the chosen answers' mean negative log-likelihood, added to the loss; 0 is none."""
+
+    @classmethod
+    def conflicts(cls, given: Mapping[str, Any]) -> Iterator[str]:
+        """IPO has no term that smoothing could change."""
+        if given.get("loss") == "ipo" and given.get("label_smoothing"):
+            yield "label_smoothing means nothing to loss ipo; remove it, or choose sigmoid or robust"
+
+
+class OrpoConfig(StrictModel):
+    """Odds-ratio preference optimisation, for task orpo; needs no reference."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    beta: Annotated[float, Gt(0)] = 0.1
+    """Factor of the odds-ratio term (lambda in the paper)."""
+    nll_on: Literal["response", "all"] = "response"
+    """What the likelihood term is a mean over: chosen answers, or chosen prompts and answers."""
+
+
 class TrainConfig(StrictModel):
     """How long to train, and the seed of everything random in training."""
 
@@ -120,12 +170,20 @@ class SaveConfig(StrictModel):
     """Newest checkpoints that stay on disk."""
 
 
+_SECTIONS = {
+    "clm": (("pretrain", "sft"), ClmConfig()),
+    "dpo": (("dpo",), DpoConfig()),
+    "orpo": (("orpo",), OrpoConfig()),
+}
+"""Keys of a run that mean something to some tasks only: these tasks, and the defaults."""
+
+
 class RunConfig(StrictModel):
     """The whole of run.yaml. Paths are relative to the working directory."""
 
-    task: Literal["pretrain", "sft"]
-    """Loss: next-token prediction, on every token of every document, or on the targets of chats. It must be the
-    dataset's kind."""
+    task: Literal["pretrain", "sft", "dpo", "orpo"]
+    """Loss: next-token prediction on every token of every document (pretrain) or on the targets of chats (sft);
+    preference pairs by dpo or orpo. It must fit the dataset's kind."""
     model: Model
     """Hugging Face folder or hub id, or `{from_config: {model_type: ..., ...}}` for fresh weights."""
     data: UserPath
@@ -135,6 +193,12 @@ class RunConfig(StrictModel):
     batch: BatchConfig
     train: TrainConfig
     optim: OptimConfig
+    clm: ClmConfig = ClmConfig()
+    """Of tasks pretrain and sft."""
+    dpo: DpoConfig = DpoConfig()
+    """Of task dpo."""
+    orpo: OrpoConfig = OrpoConfig()
+    """Of task orpo."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Arithmetic of the model; weights and optimizer state are fp32 in any case. auto: bf16 on a GPU that has it."""
     attention: Literal["auto", "flash3", "flash2", "varlen", "flex", "sdpa"] = "auto"
@@ -146,7 +210,12 @@ class RunConfig(StrictModel):
 
     @classmethod
     def conflicts(cls, given: Mapping[str, Any]) -> Iterator[str]:
-        """A run keeps out of its dataset, which is read-only and has a folder named tokenizer too."""
+        """Settings of another task; a run keeps out of its dataset, which is read-only."""
+        task = given.get("task")
+        for section, (tasks, default) in _SECTIONS.items():
+            is_set = given.get(section, default) not in (default, default.model_dump())  # a saved config has them all
+            if is_set and isinstance(task, str) and task not in tasks:
+                yield f"{section}: belongs to task {' and '.join(tasks)}, not to {task}; remove `{section}`"
         data, output = given.get("data"), given.get("output")
         if isinstance(data, str | Path) and isinstance(output, str | Path):
             dataset, run = Path(data).resolve(), Path(output).resolve()

@@ -16,10 +16,23 @@ from numpy.typing import NDArray
 from llmt_shared.dataset import Split
 from llmt_shared.errors import ConfigError, DataError
 from llmt_shared.order import endless_rows
+from llmt_shared.segments import count_targets
 from llmt_train.batch import PackedBatch, collate
 from llmt_train.config import BatchConfig, TrainConfig
 
 Item = TypeVar("Item")
+
+
+class Pairing(NamedTuple):
+    """What preference data is read with."""
+
+    with_chosen_prompts: bool = False
+    """Label the prompts of the chosen sides too (ORPO's ``nll_on: all``)."""
+    reference: Callable[[NDArray[np.int64]], NDArray[np.float64]] | None = None
+    """From [P, 2] numbers of segments to the log-probability of their targets under the reference."""
+
+
+NO_PAIRING = Pairing()
 
 
 class Plan(NamedTuple):
@@ -92,33 +105,90 @@ def rows_of_step(plan: Plan, step: int) -> NDArray[np.int64]:
     return endless_rows(plan.seed, first, rows_consumed(plan, step + 1) - first, plan.num_rows)
 
 
-def train_batches(split: Split, plan: Plan, first_step: int = 0) -> Iterator[PackedBatch]:
+def train_batches(
+    split: Split, plan: Plan, first_step: int = 0, pairing: Pairing = NO_PAIRING
+) -> Iterator[PackedBatch]:
     """Yield the micro-batches of the steps from ``first_step`` to the run's last: ``accumulation`` for each step."""
     for step in range(first_step, plan.total_steps):
-        rows = rows_of_step(plan, step)
-        targets = float(split.row_targets.take(rows).sum(dtype=np.int64))
-        # A step without any target has the sum 0; dividing by 1 keeps it 0.
-        denominators = {"targets": max(1.0, targets)}
+        rows, first = rows_of_step(plan, step), rows_consumed(plan, step)
+        denominators = count(split, rows)
         for micro in range(plan.accumulation):
-            part = rows[micro * plan.micro_rows : (micro + 1) * plan.micro_rows]
-            yield read_batch(split, part, denominators)
+            start = micro * plan.micro_rows
+            part = rows[start : start + plan.micro_rows]
+            yield read_batch(split, part, denominators, pairing, first + start)
 
 
-def eval_batches(split: Split, micro_rows: int) -> Iterator[PackedBatch]:
-    """Yield every row of a split once, in order; an evaluation sums over tokens, so there are no denominators."""
+def eval_batches(split: Split, micro_rows: int, pairing: Pairing = NO_PAIRING) -> Iterator[PackedBatch]:
+    """Yield every row of a split once, in order; an evaluation counts as it goes, so there are no denominators."""
     for first in range(0, split.num_rows, micro_rows):
         rows = np.arange(first, min(first + micro_rows, split.num_rows))
-        yield read_batch(split, rows, {})
+        yield read_batch(split, rows, {}, pairing)
 
 
-def read_batch(split: Split, rows: NDArray[np.int64], denominators: dict[str, float]) -> PackedBatch:
-    """Read rows into one micro-batch; no rows give a row of padding."""
+def count(split: Split, rows: NDArray[np.int64]) -> dict[str, float]:
+    """Return the denominators of a step that takes these rows: how many there are of what a loss may divide by.
+
+    ``targets``; for preference data also ``pairs``, ``chosen_targets`` (on the chosen sides) and ``chosen_labels`` (on
+    the chosen sides, prompts included). A step without any has the sum 0; dividing by 1 keeps it 0.
+    """
+    counts = {"targets": int(split.row_targets.take(rows).sum(dtype=np.int64))}
+    table = split.pairs(rows)
+    if table is not None:
+        counts["pairs"] = len(table.segments)
+        counts["chosen_targets"] = int(table.chosen_targets.sum(dtype=np.int64))
+        counts["chosen_labels"] = int(count_targets(split.segments(rows).length[table.segments[:, 0]]).sum())
+    return {name: float(max(1, number)) for name, number in counts.items()}
+
+
+def read_batch(
+    split: Split,
+    rows: NDArray[np.int64],
+    denominators: dict[str, float],
+    pairing: Pairing = NO_PAIRING,
+    first_place: int = 0,
+) -> PackedBatch:
+    """Read rows into one micro-batch; no rows give a row of padding.
+
+    Args:
+        split: where the rows are.
+        rows: their numbers.
+        denominators: of the whole step, from `count`.
+        pairing: what is read beside the pairs, where the split has pairs.
+        first_place: place of the first row in the run's order; the others follow.
+    """
     if len(rows) == 0:
-        empty = np.empty(0, np.int64)
-        return collate(np.zeros((1, split.length), np.int64), np.zeros(1, np.int64), empty, empty, None, denominators)
-    table = split.segments(rows)
-    tokens = split.tokens(rows).astype(np.int64)  # what an embedding takes
-    return collate(tokens, table.per_row, table.length, table.source, split.spans(rows), denominators)
+        return _padding(split, denominators)
+    table, pairs = split.segments(rows), split.pairs(rows)
+    logps = None if pairs is None or pairing.reference is None else pairing.reference(pairs.numbers)
+    return collate(
+        split.tokens(rows).astype(np.int64),  # what an embedding takes
+        table.per_row,
+        table.length,
+        table.source,
+        split.spans(rows),
+        denominators,
+        pairs=None if pairs is None else pairs.segments,
+        with_chosen_prompts=pairing.with_chosen_prompts,
+        reference_logps=logps,
+        row_places=tuple(range(first_place, first_place + len(rows))),
+    )
+
+
+def _padding(split: Split, denominators: dict[str, float]) -> PackedBatch:
+    empty, no_pairs = np.empty(0, np.int64), np.empty((0, 2), np.int64)
+    tokens = np.zeros((1, split.length), np.int64)
+    has_pairs = "pairs" in denominators
+    return collate(
+        tokens,
+        np.zeros(1, np.int64),
+        empty,
+        empty,
+        None,
+        denominators,
+        pairs=no_pairs if has_pairs else None,
+        reference_logps=no_pairs.astype(np.float64) if has_pairs else None,
+        row_places=(0,),
+    )
 
 
 class Prefetched(Generic[Item]):

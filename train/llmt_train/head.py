@@ -9,14 +9,13 @@ Shape legend: N packed tokens, T tokens that have a label, C tokens of a chunk, 
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from llmt_shared.segments import IGNORE
 from llmt_train.attention import Segments
 from llmt_train.batch import PackedBatch
 from llmt_train.models import evaluating, forward_hidden
@@ -41,16 +40,28 @@ class HeadSpec:
     """c of ``c * tanh(logits / c)`` (Gemma's ``final_logit_softcapping``); ``None`` is no cap."""
 
 
-def model_logps(
+class Scores(NamedTuple):
+    """What a model thinks of every label: [N] each, 0 where there is no label; in at least fp32."""
+
+    logps: Tensor
+    """Log-probability of the label."""
+    lse: Tensor
+    """Logarithm of the sum of the exponentials of all logits."""
+    mean_logps: Tensor | None
+    """Mean log-probability over the vocabulary; ``None`` where it was not asked for."""
+
+
+def model_scores(
     model: Any,
     head: HeadSpec | None,
     batch: PackedBatch,
     *,
     attention: str = "auto",
     deterministic: bool = False,
+    with_mean: bool = False,
     chunk: int = CHUNK,
-) -> Tensor:
-    """Run the model on a micro-batch and return the log-probability of every label: [N], 0 where there is none.
+) -> Scores:
+    """Run the model on a micro-batch and score every label.
 
     Args:
         model: a causal language model of transformers with packed attention.
@@ -58,32 +69,37 @@ def model_logps(
         batch: the micro-batch; one without labels gives zeros that still depend on every parameter used.
         attention: backend of the attention, or ``auto``.
         deterministic: see `varlen_attention`.
+        with_mean: whether ``mean_logps`` is wanted (label smoothing is all that needs it).
         chunk: tokens whose logits are held at a time.
     """
-    labels = batch.labels[0]
     segments = batch.segments(attention, deterministic)
     if head is not None:
-        return token_logps(forward_hidden(model, batch, segments), head, labels, chunk)
-    kept = _labelled(labels)
+        hidden = forward_hidden(model, batch, segments)
+        return token_scores(hidden, head, batch.labels[0], batch.label_places, with_mean=with_mean, chunk=chunk)
+    kept = batch.label_places
     logits_TV = _own_logits(model, batch, segments, kept)
-    return _scatter(_gather_logps(logits_TV, labels[kept]), kept, labels)
+    return _scatter(_scores_of(logits_TV, batch.labels[0][kept], with_mean), kept, batch.labels.shape[1])
 
 
-def token_logps(hidden: Tensor, head: HeadSpec, labels: Tensor, chunk: int = CHUNK) -> Tensor:
-    """Return the log-probability of each label: [N], in at least fp32, 0 where the label is -100.
+def token_scores(
+    hidden: Tensor, head: HeadSpec, labels: Tensor, places: Tensor, *, with_mean: bool = False, chunk: int = CHUNK
+) -> Scores:
+    """Score labels.
 
     Args:
         hidden: [N, H]. The product with the weights runs in its dtype (under autocast, in that one's), as in the
             model's own head; everything after it in fp32, or in fp64 where that is the dtype.
         head: the output layer.
-        labels: [N] int64. Tokens without a label never reach the head.
+        labels: [N] int64.
+        places: [T] int64, the tokens that have a label: no other ever reaches the head.
+        with_mean: whether ``mean_logps`` is wanted.
         chunk: tokens whose logits are held at a time.
     """
-    kept = _labelled(labels)
     linear = head.linear
-    arguments = (hidden[kept], linear.weight, linear.bias, labels[kept], head.scale, head.softcap, chunk)
-    logps_T = cast("Tensor", _TokenLogps.apply(*arguments))  # type: ignore[no-untyped-call]
-    return _scatter(logps_T, kept, labels)
+    arguments = (hidden[places], linear.weight, linear.bias, labels[places], head.scale, head.softcap, with_mean, chunk)
+    logps_T, lse_T, mean_T = _TokenScores.apply(*arguments)  # type: ignore[no-untyped-call]
+    scores = Scores(logps_T, lse_T, mean_T if with_mean else None)
+    return _scatter(scores, places, labels.shape[0])
 
 
 def find_head(model: Any) -> HeadSpec | None:
@@ -114,8 +130,8 @@ def check_head(model: Any, head: HeadSpec) -> bool:
     # Logits of about 20: far into the bend of a cap (30 is usual), whatever the scale of the weights.
     probe = probe * (20 / F.linear(probe, weight).float().std().clamp(min=1e-6)).to(probe.dtype)
     labels = torch.randint(weight.shape[0], (16,), generator=generator).to(weight.device)
-    wanted = _gather_logps(_logits_of(model, probe), labels)
-    found = token_logps(probe, head, labels)
+    wanted = _scores_of(_logits_of(model, probe), labels, with_mean=False).logps
+    found = token_scores(probe, head, labels, torch.arange(16, device=weight.device)).logps
     error = (wanted - found).abs().max() / wanted.abs().max()
     return bool(error <= _TOLERANCE[weight.dtype])
 
@@ -167,25 +183,25 @@ def _own_logits(model: Any, batch: PackedBatch, segments: Segments, kept: Tensor
     return logits if logits.shape[0] == kept.shape[0] else logits[kept]
 
 
-def _labelled(labels: Tensor) -> Tensor:
-    return (labels != IGNORE).nonzero()[:, 0]
+def _scores_of(logits_TV: Tensor, labels_T: Tensor, with_mean: bool) -> Scores:
+    logits = logits_TV.to(_at_least_fp32(logits_TV.dtype))
+    lse = logits.logsumexp(-1)
+    return Scores(logits.gather(1, labels_T[:, None])[:, 0] - lse, lse, logits.mean(-1) - lse if with_mean else None)
 
 
-def _scatter(logps_T: Tensor, kept: Tensor, labels: Tensor) -> Tensor:
-    return logps_T.new_zeros(labels.shape[0]).index_put((kept,), logps_T)
-
-
-def _gather_logps(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
-    logits_TV = logits_TV.to(_at_least_fp32(logits_TV.dtype))
-    return logits_TV.log_softmax(-1).gather(1, labels_T[:, None])[:, 0]
+def _scatter(scores: Scores, places: Tensor, size: int) -> Scores:
+    logps, lse, mean = (None if x is None else x.new_zeros(size).index_put((places,), x) for x in scores)
+    assert logps is not None
+    assert lse is not None  # only the mean may be missing
+    return Scores(logps, lse, mean)
 
 
 def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-class _TokenLogps(torch.autograd.Function):
-    """The chunked head: [T, H] and [T] labels to [T]; keeps the log-sum-exp, makes the logits again in backward."""
+class _TokenScores(torch.autograd.Function):
+    """Scores of T tokens that all have a label; the backward pass makes the logits of each chunk again."""
 
     @staticmethod
     def forward(
@@ -196,26 +212,34 @@ class _TokenLogps(torch.autograd.Function):
         labels_T: Tensor,
         scale: float,
         softcap: float | None,
+        with_mean: bool,
         chunk: int,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         device = hidden_TH.device.type
         ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_TH.dtype
         ctx.scale, ctx.softcap, ctx.chunk = scale, softcap, chunk
         lse_T = hidden_TH.new_empty(hidden_TH.shape[0], dtype=_at_least_fp32(ctx.dtype))
         logps_T = torch.empty_like(lse_T)
+        mean_T = torch.empty_like(lse_T) if with_mean else None
         with torch.autocast(device, enabled=False):
             weight, bias = _cast(weight_VH, bias_V, ctx.dtype)
             for part in _parts(hidden_TH.shape[0], chunk):
                 logits_CV = _chunk_logits(hidden_TH[part].to(ctx.dtype), weight, bias, scale, softcap)
                 lse_T[part] = logits_CV.logsumexp(-1)
                 logps_T[part] = logits_CV.gather(1, labels_T[part, None])[:, 0] - lse_T[part]
+                if mean_T is not None:
+                    mean_T[part] = logits_CV.mean(-1) - lse_T[part]
         ctx.save_for_backward(hidden_TH, weight_VH, bias_V, labels_T, lse_T)
-        return logps_T
+        ctx.set_materialize_grads(False)
+        return logps_T, lse_T, mean_T
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, logps_grad_T: Tensor | None, lse_grad_T: Tensor | None, mean_grad_T: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         hidden_TH, weight_VH, bias_V, labels_T, lse_T = ctx.saved_tensors
+        logps_grad_T, lse_grad_T = (torch.zeros_like(lse_T) if x is None else x for x in (logps_grad_T, lse_grad_T))
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.zeros_like(hidden_TH) if wants_hidden else None
         # Summed over chunks in fp32: bf16 would lose the small ones.
@@ -226,7 +250,9 @@ class _TokenLogps(torch.autograd.Function):
             for part in _parts(hidden_TH.shape[0], ctx.chunk):
                 hidden_CH = hidden_TH[part].to(ctx.dtype)
                 logits_CV = _chunk_logits(hidden_CH, weight, bias, ctx.scale, ctx.softcap)
-                grad_CV = _logits_grad(logits_CV, lse_T[part], labels_T[part], grad_T[part], ctx.scale, ctx.softcap)
+                mean_grad_C = None if mean_grad_T is None else mean_grad_T[part]
+                upstream = _Upstream(logps_grad_T[part], lse_grad_T[part], mean_grad_C)
+                grad_CV = _logits_grad(logits_CV, lse_T[part], labels_T[part], upstream, ctx.scale, ctx.softcap)
                 if grad_bias is not None:
                     grad_bias += grad_CV.sum(0)
                 grad_CV = grad_CV.to(ctx.dtype)
@@ -234,7 +260,15 @@ class _TokenLogps(torch.autograd.Function):
                     grad_hidden[part] = (grad_CV @ weight).to(grad_hidden.dtype)
                 if grad_weight is not None:
                     grad_weight += grad_CV.T @ hidden_CH
-        return (grad_hidden, _like(grad_weight, weight_VH), _like(grad_bias, bias_V), None, None, None, None)
+        return (grad_hidden, _like(grad_weight, weight_VH), _like(grad_bias, bias_V), None, None, None, None, None)
+
+
+class _Upstream(NamedTuple):
+    """Gradients of the loss with respect to the scores of a chunk: [C] each."""
+
+    logps: Tensor
+    lse: Tensor
+    mean: Tensor | None
 
 
 def _chunk_logits(
@@ -247,15 +281,21 @@ def _chunk_logits(
 
 
 def _logits_grad(
-    logits_CV: Tensor, lse_C: Tensor, labels_C: Tensor, grad_C: Tensor, scale: float, softcap: float | None
+    logits_CV: Tensor, lse_C: Tensor, labels_C: Tensor, grad: _Upstream, scale: float, softcap: float | None
 ) -> Tensor:
-    """Gradient with respect to ``hidden @ weight.T + bias``: (one at the label) - softmax, then the cap's slope."""
-    grad = (logits_CV - lse_C[:, None]).exp_().neg_()
-    grad[torch.arange(len(labels_C), device=labels_C.device), labels_C] += 1
-    grad *= grad_C[:, None] * scale
-    if softcap is not None:
-        grad *= 1 - (logits_CV / softcap) ** 2
-    return grad
+    """Gradient with respect to ``hidden @ weight.T + bias``.
+
+    d lse = softmax; d logp = (one at the label) - softmax; d mean = 1 / V - softmax; then factor and slope of the cap.
+    """
+    of_softmax = grad.lse - grad.logps if grad.mean is None else grad.lse - grad.logps - grad.mean
+    slope = 1 - (logits_CV / softcap) ** 2 if softcap is not None else None
+    result = logits_CV.sub_(lse_C[:, None]).exp_().mul_(of_softmax[:, None])
+    result[torch.arange(len(labels_C), device=labels_C.device), labels_C] += grad.logps
+    if grad.mean is not None:
+        result += grad.mean[:, None] / result.shape[1]
+    if scale != 1.0:
+        result *= scale
+    return result if slope is None else result * slope
 
 
 def _parts(size: int, chunk: int) -> Iterator[slice]:

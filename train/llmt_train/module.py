@@ -1,7 +1,9 @@
 """The one LightningModule: a micro-batch to a loss that adds up to the whole step's, however the step is split."""
 
+from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -11,10 +13,20 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from llmt_shared.order import key
-from llmt_shared.segments import IGNORE
 from llmt_train.batch import PackedBatch
-from llmt_train.head import HeadSpec, model_logps
-from llmt_train.objectives import Objective
+from llmt_train.head import HeadSpec, Scores, model_scores
+from llmt_train.neftune import noisy_embeddings
+from llmt_train.objectives import Measures, share
+from llmt_train.tasks import Task
+
+
+class StepPart(NamedTuple):
+    """What a micro-batch contributed to its step, on the device."""
+
+    measures: dict[str, Tensor]
+    """Its shares of the step's means, scalars in fp64."""
+    by_piece: Tensor
+    """[P] fp64; the loss by piece: whoever wants to know where a bad loss comes from."""
 
 
 class TrainModule(pl.LightningModule):
@@ -24,16 +36,10 @@ class TrainModule(pl.LightningModule):
     short) and must stop on steps, not on epochs.
     """
 
-    step_loss: Tensor
-    """Loss of the optimizer step: the sum of S / N over its micro-batches so far, on this rank, fp64. Complete in
-    ``on_before_optimizer_step`` and until the next step's first micro-batch."""
-    eval_sums: Tensor
-    """[sources, 2] fp64: summed negative log-likelihood and number of targets since the evaluation began."""
-
     def __init__(
         self,
         model: nn.Module,
-        objective: Objective,
+        task: Task,
         build_optimizer: Callable[[nn.Module], Optimizer],
         build_scheduler: Callable[[Optimizer], LRScheduler],
         *,
@@ -47,7 +53,7 @@ class TrainModule(pl.LightningModule):
 
         Args:
             model: from `load_model`.
-            objective: what the steps minimise.
+            task: the objective and what belongs to it.
             build_optimizer: from the model.
             build_scheduler: from the optimizer; it is stepped once per optimizer step.
             head: from `find_head`; ``None`` computes the model's own logits.
@@ -58,7 +64,7 @@ class TrainModule(pl.LightningModule):
         """
         super().__init__()
         self.model = model
-        self.objective = objective
+        self.task = task
         self.build_optimizer = build_optimizer
         self.build_scheduler = build_scheduler
         self.head = head
@@ -66,7 +72,11 @@ class TrainModule(pl.LightningModule):
         self.num_sources = num_sources
         self.attention = attention
         self.deterministic = deterministic
-        self._micro = 0  # micro-batches of the step that have begun
+        self.step_parts: list[StepPart] = []
+        """Of the optimizer step's micro-batches so far, on this rank; complete in ``on_before_optimizer_step`` and
+        until the next step's first micro-batch."""
+        self.evaluation = Evaluation(num_sources)
+        self._is_new_step = True
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Build what Lightning steps."""
@@ -76,46 +86,109 @@ class TrainModule(pl.LightningModule):
             "lr_scheduler": {"scheduler": self.build_scheduler(optimizer), "interval": "step", "frequency": 1},
         }
 
-    def token_logps(self, batch: PackedBatch) -> Tensor:
-        """Return the log-probability of every label: [N], 0 where there is none."""
-        return model_logps(self.model, self.head, batch, attention=self.attention, deterministic=self.deterministic)
+    def scores(self, batch: PackedBatch, *, with_mean: bool = False) -> Scores:
+        """Return the scores of every label: [N] each, 0 where there is none."""
+        return model_scores(
+            self.model,
+            self.head,
+            batch,
+            attention=self.attention,
+            deterministic=self.deterministic,
+            with_mean=with_mean,
+        )
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
-        """Return S * A * R / N.
+        """Return the sum over the loss's parts of S * A * R / N.
 
-        S: the objective's sum over this micro-batch. A: micro-batches per step, by which Lightning divides. R: ranks
-        over which gradients are averaged. N: the objective's denominator of the whole step. So the step's gradient is
-        that of (sum of all S) / N for any split into micro-batches and ranks; a mean per micro-batch would weigh
-        tokens by the company they are in. A micro-batch without targets has S = 0 and is attached to the graph.
+        S: the part's sum over this micro-batch. A: micro-batches per step, by which Lightning divides. R: ranks over
+        which gradients are averaged. N: the part's denominator of the whole step. So the step's gradient is that of
+        (sum of all S) / N for any split into micro-batches and ranks; a mean per micro-batch would weigh tokens by
+        the company they are in. A micro-batch without targets has S = 0 and is attached to the graph.
         """
-        self._seed_step()
-        terms = self.objective(self.token_logps(batch), batch)
-        self.step_loss += terms.loss_sum.detach().double() / terms.denominator
-        return terms.loss_sum * (self.trainer.accumulate_grad_batches * self.trainer.world_size / terms.denominator)
+        self._begin()
+        batch = self._with_reference(batch)
+        noise = noisy_embeddings(self.model, batch, self.task.neftune, self.seed)
+        with noise if self.task.neftune else nullcontext():
+            scores = self.scores(batch, with_mean=self.task.with_mean)
+        measures = self.task.objective(scores, batch)
+        loss = share(measures["loss"], batch.denominators)
+        self.step_parts.append(_part(measures, batch))
+        return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """The step is complete: the next micro-batch begins another one."""
-        self._micro = 0
+        self._is_new_step = True
+
+    def step_measures(self) -> dict[str, float]:
+        """Return the step's means, over its micro-batches on this rank; waits for the device, once."""
+        names = list(self.step_parts[0].measures)
+        values = [torch.stack([part.measures[name] for part in self.step_parts]).sum() for name in names]
+        return dict(zip(names, torch.stack(values).tolist(), strict=True))
 
     def on_validation_epoch_start(self) -> None:
         """Begin an evaluation."""
-        self.eval_sums = torch.zeros(self.num_sources, 2, dtype=torch.float64, device=self.device)
+        self.evaluation = Evaluation(self.num_sources)
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
-        """Add a micro-batch to ``eval_sums``: sums over tokens, so that any split gives the same evaluation."""
-        logps = self.token_logps(batch).detach().double()
-        is_target = batch.labels[0] != IGNORE
-        # Padding has the source -1 and no targets: it adds 0 to whichever source it is counted under.
-        source = batch.segment_source.clamp(min=0)[batch.segment_ids_flat.long()]
-        self.eval_sums.index_add_(0, source, torch.stack([-logps, is_target.double()], dim=1))
+        """Add a micro-batch to the evaluation."""
+        batch = self._with_reference(batch)
+        self.evaluation.add(self.task.evaluation(self.scores(batch), batch), batch)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move a micro-batch without waiting for the copy."""
         return batch.to(device, non_blocking=True)
 
-    def _seed_step(self) -> None:
+    def _with_reference(self, batch: PackedBatch) -> PackedBatch:
+        reference = self.task.reference
+        return batch if reference is None else batch._replace(reference_logps=reference(batch))
+
+    def _begin(self) -> None:
         """Seed torch for this micro-batch from where the run stands: resuming needs no state of a generator."""
-        if self._micro == 0:
-            self.step_loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        torch.manual_seed(key(self.seed, self.trainer.global_step, self._micro, self.trainer.global_rank))
-        self._micro += 1
+        if self._is_new_step:
+            self.step_parts = []
+            self._is_new_step = False
+        torch.manual_seed(key(self.seed, self.trainer.global_step, len(self.step_parts), self.trainer.global_rank))
+
+
+class Evaluation:
+    """Sums and counts of every measure by source: sums, so that any split gives the same evaluation."""
+
+    def __init__(self, num_sources: int) -> None:
+        self._num_sources = num_sources
+        self._sums: dict[str, list[Tensor]] = defaultdict(list)
+        """By measure, for each of its parts: [sources, 2] fp64, values and counts."""
+        self._per: dict[str, list[str]] = {}
+
+    def add(self, measures: Measures, batch: PackedBatch) -> None:
+        """Add a micro-batch; nothing waits for the device."""
+        # Padding has the source -1 and counts nothing: it adds 0 to whichever source it is taken for.
+        source_P = batch.segment_source.clamp(min=0)
+        for name, parts in measures.items():
+            self._per[name] = [part.per for part in parts]
+            if not self._sums[name]:
+                zeros = torch.zeros(self._num_sources, 2, dtype=torch.float64, device=source_P.device)
+                self._sums[name] = [zeros.clone() for _ in parts]
+            for part, sums in zip(parts, self._sums[name], strict=True):
+                sums.index_add_(
+                    0, source_P[part.piece], torch.stack([part.values, part.counts], dim=1).detach().double()
+                )
+
+    def means(self, source: int | None = None) -> dict[str, float]:
+        """Return every measure's mean and the counts of the loss, of one source or of all; empty without any."""
+        result: dict[str, float] = {}
+        for name, parts in self._sums.items():
+            sums = [(part.sum(0) if source is None else part[source]).tolist() for part in parts]
+            if not all(counted for _, counted in sums):
+                continue
+            result[name] = sum(value / counted for value, counted in sums)
+            if name == "loss":
+                result |= {per: int(counted) for per, (_, counted) in zip(self._per[name], sums, strict=True)}
+        return result
+
+
+def _part(measures: Measures, batch: PackedBatch) -> StepPart:
+    by_piece = torch.zeros(len(batch.lengths), dtype=torch.float64, device=batch.labels.device)
+    for part in measures["loss"]:
+        by_piece.index_add_(0, part.piece, part.values.detach().double() / batch.denominators[part.per])
+    shares = {name: share(parts, batch.denominators).detach().double() for name, parts in measures.items()}
+    return StepPart(shares, by_piece)

@@ -1,0 +1,184 @@
+"""What the reference of DPO says: live, from a frozen model, or precomputed, from an overlay beside the dataset.
+
+An overlay is a folder ``<dataset>.reference/<first 16 digits of the weights' fingerprint>/``. Its reference.json says
+what the numbers are of; ``train.npy`` and ``validation.npy`` hold one fp64 sum per segment of the split, NaN where a
+segment is no side of a pair (or, until the overlay is complete, not yet computed). Sums are of hundreds of tokens: fp32
+would round them by as much as 1e-4, which DPO's beta does not make small enough.
+"""
+
+import copy
+import dataclasses
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field, ValidationError
+from torch import Tensor, nn
+
+from llmt_shared.config import StrictModel
+from llmt_shared.dataset import Dataset
+from llmt_shared.errors import ConfigError, FormatError
+from llmt_train.batch import PackedBatch
+from llmt_train.head import HeadSpec, model_scores
+from llmt_train.models import evaluating
+from llmt_train.objectives import pair_logps
+
+FORMAT = 1
+IDENTITY = "reference.json"
+
+
+class Identity(StrictModel):
+    """reference.json: what an overlay's numbers are of."""
+
+    format: int = FORMAT
+    digest: str
+    """The dataset's."""
+    weights: str
+    """`fingerprint` of the model's."""
+    model: str
+    """As the run named it."""
+    precision: str
+    """Arithmetic: ``bf16`` or ``fp32``."""
+    attention: str
+    """Backend, as the run asked for it."""
+    complete: bool = False
+    sha256: dict[str, str] = Field(default_factory=dict)
+    """Of every split's file, once complete."""
+
+
+def frozen_copy(model: Any, head: HeadSpec | None) -> tuple[Any, HeadSpec | None]:
+    """Return a copy of a model that never changes, with its head."""
+    frozen = copy.deepcopy(model).requires_grad_(False).eval()
+    return frozen, None if head is None else dataclasses.replace(head, linear=frozen.get_output_embeddings())
+
+
+def live_reference(
+    model: Any,
+    head: HeadSpec | None,
+    *,
+    attention: str = "auto",
+    deterministic: bool = False,
+    without_adapters: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Callable[[PackedBatch], Tensor]:
+    """Return what gives a model's log-probabilities of a micro-batch's pairs: [Q, 2], without gradients or dropout.
+
+    Args:
+        model: the reference; or the policy itself, where its adapters can be switched off.
+        head: its head.
+        attention: backend, or ``auto``.
+        deterministic: see `varlen_attention`.
+        without_adapters: switches the adapters off while it is entered.
+    """
+
+    @torch.no_grad()
+    def logps(batch: PackedBatch) -> Tensor:
+        with evaluating(model), without_adapters():
+            scores = model_scores(model, head, batch, attention=attention, deterministic=deterministic)
+        return pair_logps(scores, batch)
+
+    return logps
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a sha256 over names, dtypes, shapes and bytes of a model's parameters; buffers follow from its config."""
+    named = sorted(model.named_parameters())
+    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter lock
+        digests = pool.map(_digest, (parameter.detach() for _, parameter in named))
+        lines = [
+            f"{name} {parameter.dtype} {list(parameter.shape)} {digest}\n"
+            for (name, parameter), digest in zip(named, digests, strict=True)
+        ]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _digest(tensor: Tensor) -> str:
+    data: NDArray[np.uint8] = tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(data.data).hexdigest()
+
+
+def overlay_path(dataset: Path, weights: str) -> Path:
+    """Return the folder of the overlay that belongs to a dataset and to weights."""
+    return dataset.with_name(f"{dataset.name}.reference") / weights[:16]
+
+
+def open_overlay(dataset: Dataset, wanted: Identity) -> dict[str, Callable[[NDArray[np.int64]], NDArray[np.float64]]]:
+    """Return for each split what looks up log-probabilities: from numbers of segments to as many fp64.
+
+    Args:
+        dataset: the run's.
+        wanted: what the run needs; another precision or attention backend is told on stderr, and served.
+
+    Raises:
+        ConfigError: there is no complete overlay for this dataset and these weights; it names those that are there.
+        FormatError: the overlay is damaged.
+    """
+    folder = overlay_path(dataset.path, wanted.weights)
+    found = read_identity(folder)
+    if found is None or not found.complete or (found.digest, found.weights) != (wanted.digest, wanted.weights):
+        raise ConfigError(_no_overlay(folder, found, wanted))
+    for name in ("precision", "attention"):
+        before, now = getattr(found, name), getattr(wanted, name)
+        if before != now:
+            text = f"the reference was computed with {name} {before}, the policy runs with {now}"
+            print(f"warning: {folder}: {text}", file=sys.stderr)  # noqa: T201  stdout is for results
+    return {name: _lookup(folder / f"{name}.npy", found.sha256.get(name)) for name in dataset.manifest.splits}
+
+
+def read_identity(folder: Path) -> Identity | None:
+    """Return what an overlay says it is; ``None`` where there is none.
+
+    Raises:
+        FormatError: its reference.json is damaged, or of another format.
+    """
+    path = folder / IDENTITY
+    try:
+        identity = Identity.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError, json.JSONDecodeError) as error:
+        raise FormatError(f"{path}: {str(error).splitlines()[0]}; remove the folder and run `llmt-train ref`") from None
+    if identity.format != FORMAT:
+        raise FormatError(f"{path}: format {identity.format}; this llmt reads {FORMAT}; run `llmt-train ref` again")
+    return identity
+
+
+def _no_overlay(folder: Path, found: Identity | None, wanted: Identity) -> str:
+    way_out = "run `llmt-train ref --config` with this config, or set `dpo.reference: model`"
+    if found is not None and found.digest != wanted.digest:
+        return (
+            f"{folder}: is of the dataset with digest {found.digest[:16]}, but the run's has {wanted.digest[:16]}; "
+            f"remove it and {way_out}"
+        )
+    if found is not None and not found.complete:
+        return f"{folder}: is not finished; {way_out}"
+    others = [identity for each in _siblings(folder) if (identity := read_identity(each)) is not None]
+    named = ", ".join(f"{other.model} ({other.weights[:16]})" for other in others) or "none"
+    return (
+        f"dpo.reference: precomputed: no reference log-probs for {wanted.model} ({wanted.weights[:16]}) beside the "
+        f"dataset; there are of: {named}; {way_out}"
+    )
+
+
+def _siblings(folder: Path) -> Iterable[Path]:
+    return sorted(folder.parent.iterdir()) if folder.parent.is_dir() else ()
+
+
+def _lookup(path: Path, sha256: str | None) -> Callable[[NDArray[np.int64]], NDArray[np.float64]]:
+    way_out = "remove its folder and run `llmt-train ref` again"
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        values = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path}: cannot be read: {error}; {way_out}") from None
+    if digest != sha256:
+        raise FormatError(f"{path}: sha256 {digest[:16]}.. is not that of {IDENTITY}; {way_out}")
+    return lambda numbers: np.asarray(values[numbers], np.float64)

@@ -1,0 +1,183 @@
+"""Everything that a run is made of, checked before its first step: data, arithmetic, model, task."""
+
+import sys
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING
+
+from llmt_shared.dataset import Dataset, Split, open_dataset
+from llmt_shared.errors import ConfigError
+from llmt_train.config import FromConfig, RunConfig
+from llmt_train.data import NO_PAIRING, Pairing, Plan, plan_run, rows_consumed
+from llmt_train.head import HeadSpec, find_head
+from llmt_train.isolation import check_isolation
+from llmt_train.match import check_max_id, check_tokenizers, model_token_ids, read_token_ids
+from llmt_train.models import load_model
+from llmt_train.positions import check_positions
+from llmt_train.reference import Identity, fingerprint, frozen_copy, live_reference, open_overlay
+from llmt_train.tasks import KINDS, Task, build_task
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run that could begin."""
+
+    config: RunConfig
+    dataset: Dataset
+    plan: Plan
+    model: Any
+    """On its device, in training mode, as it is before the first step."""
+    head: HeadSpec | None
+    """How it makes its logits, where that is known."""
+    task: Task
+    pairing: dict[str, Pairing]
+    """By split: what preference data is read with."""
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """Those that the dataset has."""
+        return splits_of(self.dataset)
+
+
+def set_up(config: RunConfig) -> Setup:
+    """Open, load and check everything; cheap checks first.
+
+    Raises:
+        ConfigError: something does not fit together.
+        FormatError: the dataset, or what `llmt-train ref` wrote, is damaged.
+        DataError: there is nothing to train on.
+    """
+    dataset, plan = open_data(config)
+    model, head = open_model(config, dataset)
+    task, pairing = _open_task(config, dataset, model, head)
+    return Setup(config, dataset, plan, model, head, task, pairing)
+
+
+def open_data(config: RunConfig) -> tuple[Dataset, Plan]:
+    """Open the dataset and plan the run over its rows."""
+    dataset = open_dataset(config.data)
+    kind, wanted = dataset.manifest.kind, KINDS[config.task]
+    if kind != wanted:
+        fitting = " or ".join(f"`task: {task}`" for task, each in KINDS.items() if each == kind)
+        raise ConfigError(f"task: {config.task}, but {config.data} is of kind {kind}; set {fitting}")
+    return dataset, plan_run(dataset.train, config.batch, config.train)
+
+
+def open_model(config: RunConfig, dataset: Dataset) -> tuple[Any, HeadSpec | None]:
+    """Load the model after the cheap checks, then run those that need it."""
+    place = model_name(config)
+    ids = model_token_ids(config.model) if isinstance(config.model, str) else None
+    if ids is not None:
+        check_tokenizers(read_token_ids(dataset.tokenizer_dir / "tokenizer.json"), ids, place)
+    spec = config.model if isinstance(config.model, str) else _fresh(config.model, dataset)
+    model = load_model(spec, seed=config.train.seed)
+    check_max_id(dataset.manifest.tokenizer.max_id, model.get_input_embeddings().weight.shape[0], place)
+    for split in splits_of(dataset).values():
+        check_positions(model.config, split, place)
+    autocast = torch.bfloat16 if uses_bf16(config) else None
+    check_isolation(model.to(device()), attention=config.attention, autocast=autocast)
+    return model, _find_head(model)
+
+
+def _open_task(
+    config: RunConfig, dataset: Dataset, model: Any, head: HeadSpec | None
+) -> tuple[Task, dict[str, Pairing]]:
+    pairing = dict.fromkeys(dataset.manifest.splits, NO_PAIRING)
+    source = config.dpo.reference if config.task == "dpo" else "none"
+    reference = None
+    if config.task == "orpo":
+        pairing = dict.fromkeys(pairing, Pairing(with_chosen_prompts=config.orpo.nll_on == "all"))
+    if source == "precomputed":
+        lookups = open_overlay(dataset, identity(config, dataset, model))
+        pairing = {name: Pairing(reference=lookup) for name, lookup in lookups.items()}
+    if source == "model":
+        deterministic = config.train.deterministic
+        reference = live_reference(*frozen_copy(model, head), attention=config.attention, deterministic=deterministic)
+    return build_task(config, reference), pairing
+
+
+def identity(config: RunConfig, dataset: Dataset, model: Any) -> Identity:
+    """Return what reference log-probs of this run are of."""
+    return Identity(
+        digest=dataset.digest,
+        weights=fingerprint(model),
+        model=model_name(config),
+        precision="bf16" if uses_bf16(config) else "fp32",
+        attention=config.attention,
+    )
+
+
+def splits_of(dataset: Dataset) -> dict[str, Split]:
+    """Return a dataset's splits by name."""
+    held_out = {} if dataset.validation is None else {"validation": dataset.validation}
+    return {"train": dataset.train} | held_out
+
+
+def model_name(config: RunConfig) -> str:
+    """Return the model as messages name it."""
+    return config.model if isinstance(config.model, str) else "model.from_config"
+
+
+def device() -> str:
+    """Return where this process trains."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def uses_bf16(config: RunConfig) -> bool:
+    """Return whether the model computes in bf16 (its weights are fp32 in any case)."""
+    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return config.precision == "bf16" or (config.precision == "auto" and has_bf16)
+
+
+def describe(setup: Setup, step: int) -> str:
+    """Return what a person wants to see before the first step.
+
+    Args:
+        setup: the run.
+        step: steps that are done already.
+    """
+    config, dataset, plan = setup.config, setup.dataset, setup.plan
+    parameters = sum(parameter.numel() for parameter in setup.model.parameters())
+    held_out = 0 if dataset.validation is None else dataset.validation.num_rows
+    precision = "bf16 with fp32 weights" if uses_bf16(config) else "fp32"
+    tokens, epochs = plan.rows_per_step * plan.length, plan.total_rows / plan.num_rows
+    data = f"{plan.num_rows:,} rows of {plan.length:,} tokens, {held_out:,} held out, digest {dataset.digest[:16]}"
+    micro = f"in {plan.accumulation} micro-batches of at most {plan.micro_rows} rows"
+    lines = [
+        f"model     {setup.model.config.model_type}, {parameters:,} parameters, {precision}",
+        f"data      {dataset.path}: {data}",
+        f"step      {plan.rows_per_step} rows = {tokens:,} tokens, {micro}",
+        f"run       {plan.total_steps:,} steps, {plan.total_rows:,} rows = {epochs:.2f} epochs",
+    ]
+    if step == plan.total_steps:
+        lines.append("finished  already; --force starts over")
+    elif step:
+        lines.append(f"resuming  after step {step:,}, {rows_consumed(plan, step):,} rows")
+    return "\n".join(lines)
+
+
+def say(text: str) -> None:
+    """Tell the person at the terminal: on stderr, for stdout is for results."""
+    print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _fresh(model: FromConfig, dataset: Dataset) -> dict[str, dict[str, Any]]:
+    """Fill in the dataset's vocabulary and token ids: a family's own defaults mean nothing to another tokenizer."""
+    entry = dataset.manifest.tokenizer
+    ids = {"bos_token_id": entry.bos_id, "eos_token_id": entry.eos_id, "pad_token_id": entry.pad_id}
+    ids["vocab_size"] = entry.max_id + 1
+    model_type = str(model.from_config.get("model_type"))
+    known = vars(CONFIG_MAPPING[model_type]()) if model_type in CONFIG_MAPPING else {}
+    return {"from_config": {key: value for key, value in ids.items() if key in known} | model.from_config}
+
+
+def _find_head(model: Any) -> HeadSpec | None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        head = find_head(model)
+    for warning in caught:
+        say(f"note: {warning.message}")
+    return head
