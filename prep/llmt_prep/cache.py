@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from llmt_prep.config import MixConfig
-from llmt_prep.progress import say
 from llmt_prep.store import is_running, read_origin
 from llmt_shared import durable
 from llmt_shared.errors import ConfigError
+from llmt_shared.progress import say
 
 _TAG = "CACHEDIR.TAG"
 _TAG_START = "Signature: 8a477f597d28d172789f06886806bc55\n# Tokenized input of llmt-prep"

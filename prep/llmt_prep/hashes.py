@@ -18,10 +18,10 @@ import xxhash
 
 from llmt_prep import documents, executor
 from llmt_prep.documents import Unit
-from llmt_prep.progress import stage
 from llmt_prep.tokenization import hash_content
 from llmt_shared import durable
 from llmt_shared.errors import DataError
+from llmt_shared.progress import stage
 
 IN_PROCESS_BYTES = 1 << 30
 """Less than this is read in this process: starting others takes as long."""

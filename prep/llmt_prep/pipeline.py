@@ -31,7 +31,6 @@ from llmt_prep.ingest import place_units, tokenize_inputs
 from llmt_prep.inputs import Inputs, find_inputs
 from llmt_prep.ledger import Ledger, SplitLedger, mistakes, source_ledgers
 from llmt_prep.plan import Plan, describe
-from llmt_prep.progress import say, stage
 from llmt_prep.recipe import recipe_of
 from llmt_prep.report import count, percent
 from llmt_prep.rows import is_planned, load_rows, write_rows
@@ -42,6 +41,7 @@ from llmt_prep.tokenizer import LoadedTokenizer, load_tokenizer
 from llmt_shared import __version__, durable
 from llmt_shared.errors import ConfigError, FormatError
 from llmt_shared.manifest import NAME, Manifest, SplitEntry, read_manifest, wrong_files
+from llmt_shared.progress import say, stage
 
 
 @dataclass(frozen=True)

@@ -343,7 +343,7 @@ def test_two_runs_never_share_a_folder(data: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     with (tmp_path / "run" / ".lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(ConfigError, match="another run is writing"):
+        with pytest.raises(ConfigError, match="another run is writing here; stop it"):
             fit(make_config(data, tmp_path / "run"))
 
 

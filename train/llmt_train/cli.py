@@ -80,6 +80,39 @@ def fit(
 
 
 @app.command()
+def ref(
+    config: Annotated[Path, typer.Option(help="Run file of task dpo: its data, and its model as the reference.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Settings that win over the file's.")
+    ] = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compute the reference log-probs of all pairs once, for `dpo.reference: precomputed`.
+
+    They lie beside the dataset, in a folder that is named by the weights. Running the same command again goes on where
+    it was stopped.
+
+    Example:
+
+        llmt-train ref --config run.yaml batch.micro_rows=8
+    """
+    from llmt_shared.config import load_config
+    from llmt_train.config import RunConfig
+
+    settings = load_config(config, RunConfig, overrides or [])  # a typing mistake must not wait for torch
+    from dataclasses import asdict
+
+    from llmt_train.precompute import precompute
+
+    result = precompute(settings, force=force)
+    if as_json:
+        typer.echo(json.dumps(asdict(result)))
+        return
+    typer.echo(f"{result.pairs:,} pairs, {result.computed:,} computed now -> {result.directory}")
+
+
+@app.command()
 def export(
     checkpoint: Annotated[
         Path, typer.Argument(help="Output folder of a run (its newest checkpoint), or one checkpoint.")

@@ -213,7 +213,10 @@ class RunConfig(StrictModel):
         """Settings of another task; a run keeps out of its dataset, which is read-only."""
         task = given.get("task")
         for section, (tasks, default) in _SECTIONS.items():
-            is_set = given.get(section, default) not in (default, default.model_dump())  # a saved config has them all
+            value = given.get(section, default)
+            all_set = default.model_dump() | value if isinstance(value, Mapping) else value
+            # A saved config has every section, with its defaults.
+            is_set = all_set not in (default, default.model_dump())
             if is_set and isinstance(task, str) and task not in tasks:
                 yield f"{section}: belongs to task {' and '.join(tasks)}, not to {task}; remove `{section}`"
         data, output = given.get("data"), given.get("output")

@@ -1,6 +1,5 @@
 """One training run: everything is checked before the first step, then Lightning's loop runs to the end or a stop."""
 
-import fcntl
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,22 +13,24 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from llmt_shared.errors import ConfigError, Stopped
+from llmt_shared.progress import say
 from llmt_train import checkpoints
 from llmt_train.callbacks import Run, StepCallback
 from llmt_train.config import RunConfig
 from llmt_train.data import Plan, Prefetched, rows_consumed, train_batches
+from llmt_train.lock import NAME as LOCK
+from llmt_train.lock import locked
 from llmt_train.metrics import NAME as METRICS
 from llmt_train.metrics import MetricsFile, read_metrics
 from llmt_train.module import TrainModule
 from llmt_train.optim import build_optimizer, build_scheduler
 from llmt_train.progress import Reporter
 from llmt_train.quiet import quiet_lightning, quiet_transformers
-from llmt_train.setup import Setup, describe, say, set_up, uses_bf16
+from llmt_train.setup import Setup, describe, set_up, uses_bf16
 from llmt_train.stopping import StopRequest
 
 _FOLDERS = ("checkpoints", "tokenizer", "tensorboard")
 """What a run makes in its output, beside metrics.jsonl and the lock file."""
-_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -208,17 +209,13 @@ def _remove_run(run_dir: Path) -> None:
 
 @contextmanager
 def _locked(run_dir: Path) -> Iterator[None]:
-    """Keep a second run out of the same folder; the system lets go of the lock when the process ends, however."""
+    """Make the folder and keep a second run out of it, and this run out of a folder of something else."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise ConfigError(f"output: {run_dir} is no folder; wanted a folder for this run") from None
     foreign = [name for name in _FOLDERS if (run_dir / name).exists()]
-    if foreign and not any((run_dir / name).exists() for name in (_LOCK, METRICS)):
+    if foreign and not any((run_dir / name).exists() for name in (LOCK, METRICS)):
         raise ConfigError(f"output: {run_dir} holds {' and '.join(foreign)} of something else; choose another folder")
-    with (run_dir / _LOCK).open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"output: another run is writing {run_dir}; stop it or choose another output") from None
+    with locked(run_dir, "stop it or choose another `output`"):
         yield

@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from llmt_shared.config import StrictModel
 from llmt_shared.dataset import Dataset
 from llmt_shared.errors import ConfigError, FormatError
+from llmt_shared.progress import say
 from llmt_train.batch import PackedBatch
 from llmt_train.head import HeadSpec, model_scores
 from llmt_train.models import evaluating
@@ -128,7 +128,7 @@ def open_overlay(dataset: Dataset, wanted: Identity) -> dict[str, Callable[[NDAr
         before, now = getattr(found, name), getattr(wanted, name)
         if before != now:
             text = f"the reference was computed with {name} {before}, the policy runs with {now}"
-            print(f"warning: {folder}: {text}", file=sys.stderr)  # noqa: T201  stdout is for results
+            say(f"warning: {folder}: {text}")
     return {name: _lookup(folder / f"{name}.npy", found.sha256.get(name)) for name in dataset.manifest.splits}
 
 

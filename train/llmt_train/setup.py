@@ -1,6 +1,5 @@
 """Everything that a run is made of, checked before its first step: data, arithmetic, model, task."""
 
-import sys
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from transformers import CONFIG_MAPPING
 
 from llmt_shared.dataset import Dataset, Split, open_dataset
 from llmt_shared.errors import ConfigError
+from llmt_shared.progress import say
 from llmt_train.config import FromConfig, RunConfig
 from llmt_train.data import NO_PAIRING, Pairing, Plan, plan_run, rows_consumed
 from llmt_train.head import HeadSpec, find_head
@@ -157,11 +157,6 @@ def describe(setup: Setup, step: int) -> str:
     elif step:
         lines.append(f"resuming  after step {step:,}, {rows_consumed(plan, step):,} rows")
     return "\n".join(lines)
-
-
-def say(text: str) -> None:
-    """Tell the person at the terminal: on stderr, for stdout is for results."""
-    print(text, file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _fresh(model: FromConfig, dataset: Dataset) -> dict[str, dict[str, Any]]:

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from llmt_prep.companions import InputFiles, read_files, read_ledger, read_mix
 from llmt_prep.config import MixConfig
 from llmt_prep.ledger import Ledger
-from llmt_prep.progress import stage
 from llmt_prep.report import as_json, escaped
 from llmt_prep.tokenizer import LoadedTokenizer
 from llmt_prep.verify import arrays, books, files
@@ -25,6 +24,7 @@ from llmt_prep.verify.special import surroundings
 from llmt_shared.config import StrictModel
 from llmt_shared.errors import FormatError
 from llmt_shared.manifest import NAME, Manifest, SplitEntry, read_manifest
+from llmt_shared.progress import stage
 
 __all__ = ["MEANINGS", "Finding", "Verdict", "as_text", "find_problems", "to_json"]
 

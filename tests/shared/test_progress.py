@@ -6,7 +6,7 @@ import sys
 
 CLOSED = """
 import os
-from llmt_prep.progress import say
+from llmt_shared.progress import say
 
 reading, writing = os.pipe()
 os.dup2(writing, 2)
