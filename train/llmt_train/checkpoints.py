@@ -11,6 +11,7 @@ import pickle
 import platform
 import re
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -118,15 +119,44 @@ def read_weights(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     Raises:
         FormatError: it is damaged, or holds more than tensors and plain containers.
     """
+    reason = _damage(path)
     try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        if reason is None:
+            content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            return content
     except pickle.UnpicklingError:
         reason = "it holds something else than tensors and plain data"
     except (OSError, RuntimeError, ValueError, EOFError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    else:
-        return content
     raise FormatError(f"{path}: cannot be read: {reason}; remove this step's folder, and the one before it serves")
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with the bytes of a file that `torch.save` wrote: torch itself never looks at its checksums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (OSError, zipfile.BadZipFile) as error:
+        return str(error)
+    return None if damaged is None else f"the checksum of {damaged} in it is wrong"
+
+
+def set_damaged_aside(run_dir: Path) -> list[str]:
+    """Rename the newest checkpoints whose weights are damaged, up to the first sound one, so that nothing uses them.
+
+    Returns:
+        What was found and where it lies now, a line for each.
+    """
+    found = []
+    for folder in filter(_is_complete, _folders(run_dir)):
+        reason = _damage(folder / WEIGHTS)
+        if reason is None:
+            break
+        aside = folder.with_name(f"damaged-{folder.name}")
+        _clear(aside)
+        folder.rename(aside)
+        found.append(f"{folder}: {reason}; set aside as {aside.name}, the checkpoint before it is used")
+    return found
 
 
 def copy_files(source: Path, target: Path) -> None:

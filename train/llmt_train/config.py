@@ -214,7 +214,7 @@ class RunConfig(StrictModel):
         task = given.get("task")
         for section, (tasks, default) in _SECTIONS.items():
             value = given.get(section, default)
-            all_set = default.model_dump() | value if isinstance(value, Mapping) else value
+            all_set = default.model_dump() | dict(value) if isinstance(value, Mapping) else value
             # A saved config has every section, with its defaults.
             is_set = all_set not in (default, default.model_dump())
             if is_set and isinstance(task, str) and task not in tasks:

@@ -86,6 +86,8 @@ def fit(config: RunConfig, *, force: bool = False) -> FitResult:
 
 def _resume_point(setup: Setup) -> Path | None:
     config, total = setup.config, setup.plan.total_steps
+    for damage in checkpoints.set_damaged_aside(config.output):
+        say(f"warning: {damage}")
     newest = checkpoints.newest_checkpoint(config.output)
     if newest is not None:
         step = checkpoints.read_state(newest).step

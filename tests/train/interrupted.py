@@ -1,0 +1,38 @@
+"""Runs in processes that are killed or asked to stop, and what of their metrics may not change by it."""
+
+import multiprocessing
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from llmt_train.config import RunConfig
+from llmt_train.fit import fit
+from llmt_train.metrics import read_metrics
+
+_OF_THE_MACHINE = {"tokens_per_s"}
+
+
+def curve(output: Path) -> list[dict[str, Any]]:
+    """The metrics without what depends on the machine."""
+    return [
+        {key: value for key, value in record.items() if key not in _OF_THE_MACHINE} for record in read_metrics(output)
+    ]
+
+
+def interrupt(config: RunConfig, step: int, how: signal.Signals = signal.SIGKILL) -> None:
+    """Run in another process and send it a signal as soon as it has logged a step."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["llmt_train.fit"])
+    process = context.Process(target=fit, args=(config,))
+    process.start()
+    while process.is_alive() and not any(record["step"] >= step for record in read_metrics(config.output)):
+        time.sleep(0.001)
+    assert process.pid is not None
+    if how == signal.SIGKILL:
+        process.kill()
+    else:
+        process.terminate()
+    process.join()
+    # Python ends with 1 on the exception that says that the run was stopped.
+    assert process.exitcode == (-signal.SIGKILL if how == signal.SIGKILL else 1)
