@@ -21,12 +21,13 @@ def curve(output: Path) -> list[dict[str, Any]]:
 
 
 def interrupt(config: RunConfig, step: int, how: signal.Signals = signal.SIGKILL) -> None:
-    """Run in another process and send it a signal as soon as it has logged a step."""
+    """Run in another process and send it a signal as soon as it has logged a step, and one that is new."""
+    wanted = max(step, 1 + max((record["step"] for record in read_metrics(config.output)), default=-1))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["llmt_train.fit"])
     process = context.Process(target=fit, args=(config,))
     process.start()
-    while process.is_alive() and not any(record["step"] >= step for record in read_metrics(config.output)):
+    while process.is_alive() and not any(record["step"] >= wanted for record in read_metrics(config.output)):
         time.sleep(0.001)
     assert process.pid is not None
     if how == signal.SIGKILL:
