@@ -249,3 +249,39 @@ def test_finding_a_head_changes_no_mode_and_leaves_no_hook():
 
 def test_every_tiny_family_is_covered():
     assert set(HEADS) <= set(CONFIGS)
+
+
+@pytest.mark.parametrize("chunk", [7, 1000])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.5, 2.0)])
+def test_gradients_made_early_equal_the_whole_matrixs(chunk, bias, scale, softcap):
+    hidden, head, labels = make(bias=bias, scale=scale, softcap=softcap)
+    places, inputs = (labels != IGNORE).nonzero()[:, 0], [hidden, *head.linear.parameters()]
+    early = token_scores(hidden, head, labels, places, is_uniform=True, chunk=chunk).logps
+    wanted = torch.autograd.grad(whole(hidden, head, labels).sum() * -0.37, inputs)
+    for a, b in zip(torch.autograd.grad(early.sum() * -0.37, inputs), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_made_early_refuse_a_loss_that_is_not_uniform():
+    hidden, head, labels = make()
+    places = (labels != IGNORE).nonzero()[:, 0]
+    logps = token_scores(hidden, head, labels, places, is_uniform=True).logps
+    with pytest.raises(AssertionError):
+        (logps * torch.arange(N)).sum().backward()
+
+
+def test_no_labels_give_early_gradients_of_zero():
+    hidden, head, labels = make()
+    logps = token_scores(hidden, head, torch.full_like(labels, IGNORE), torch.arange(0), is_uniform=True).logps
+    logps.sum().backward()
+    assert all(not x.grad.any() for x in (hidden, *head.linear.parameters()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_early_gradients_have_the_dtypes_of_what_they_are_of(dtype):
+    hidden, head, labels = make(dtype=dtype)
+    places = (labels != IGNORE).nonzero()[:, 0]
+    with torch.autocast("cpu", torch.bfloat16):
+        token_scores(hidden, head, labels, places, is_uniform=True).logps.sum().backward()
+    assert {x.grad.dtype for x in (hidden, *head.linear.parameters())} == {dtype}

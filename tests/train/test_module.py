@@ -66,7 +66,7 @@ class Recorder(pl.Callback):
 def make_module(model, seed=7, lr=0.0, **keywords):
     return TrainModule(
         model,
-        keywords.pop("task", Task(clm, clm)),
+        keywords.pop("task", Task(clm, clm, is_uniform=True)),
         lambda m: torch.optim.SGD(m.parameters(), lr=lr),
         lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0),
         head=keywords.pop("head", find_head(model)),

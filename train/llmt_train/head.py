@@ -1,7 +1,9 @@
 """From hidden states to the log-probability of every label, without ever holding all logits.
 
-The logits of a chunk of tokens exist for a moment; the backward pass makes them again. Unlike kernels that compute
-the gradient of a cross-entropy in the forward pass, this takes any gradient per token, so all objectives share it.
+The logits of a chunk of tokens exist for a moment; the backward pass makes them again, for it takes any gradient per
+token, so that all objectives share it. A loss that weighs all labels alike needs no second time: its gradients are
+made, up to that weight, while the logits are there (the idea of Liger Kernel's fused cross-entropy, Hsu et al. 2024,
+arXiv:2410.10989).
 
 Shape legend: N packed tokens, T tokens that have a label, C tokens of a chunk, H hidden size, V vocabulary.
 """
@@ -59,6 +61,7 @@ def model_scores(
     attention: str = "auto",
     deterministic: bool = False,
     with_mean: bool = False,
+    is_uniform: bool = False,
     chunk: int = CHUNK,
 ) -> Scores:
     """Run the model on a micro-batch and score every label.
@@ -70,19 +73,28 @@ def model_scores(
         attention: backend of the attention, or ``auto``.
         deterministic: see `varlen_attention`.
         with_mean: whether ``mean_logps`` is wanted (label smoothing is all that needs it).
+        is_uniform: whether the loss is the sum of the log-probabilities times one number; see `token_scores`.
         chunk: tokens whose logits are held at a time.
     """
     segments = batch.segments(attention, deterministic)
     if head is not None:
         hidden = forward_hidden(model, batch, segments)
-        return token_scores(hidden, head, batch.labels[0], batch.label_places, with_mean=with_mean, chunk=chunk)
+        labels, places = batch.labels[0], batch.label_places
+        return token_scores(hidden, head, labels, places, with_mean=with_mean, is_uniform=is_uniform, chunk=chunk)
     kept = batch.label_places
     logits_TV = _own_logits(model, batch, segments, kept)
     return _scatter(_scores_of(logits_TV, batch.labels[0][kept], with_mean), kept, batch.labels.shape[1])
 
 
 def token_scores(
-    hidden: Tensor, head: HeadSpec, labels: Tensor, places: Tensor, *, with_mean: bool = False, chunk: int = CHUNK
+    hidden: Tensor,
+    head: HeadSpec,
+    labels: Tensor,
+    places: Tensor,
+    *,
+    with_mean: bool = False,
+    is_uniform: bool = False,
+    chunk: int = CHUNK,
 ) -> Scores:
     """Score labels.
 
@@ -93,11 +105,14 @@ def token_scores(
         labels: [N] int64.
         places: [T] int64, the tokens that have a label: no other ever reaches the head.
         with_mean: whether ``mean_logps`` is wanted.
+        is_uniform: whether the loss is the sum of ``logps`` times one number: then the backward pass makes no logits.
+            The other scores carry no gradient then.
         chunk: tokens whose logits are held at a time.
     """
     linear = head.linear
-    arguments = (hidden[places], linear.weight, linear.bias, labels[places], head.scale, head.softcap, with_mean, chunk)
-    logps_T, lse_T, mean_T = _TokenScores.apply(*arguments)  # type: ignore[no-untyped-call]
+    early = is_uniform and torch.is_grad_enabled()
+    arguments = (hidden[places], linear.weight, linear.bias, labels[places], head.scale, head.softcap)
+    logps_T, lse_T, mean_T = _TokenScores.apply(*arguments, with_mean, early, chunk)  # type: ignore[no-untyped-call]
     scores = Scores(logps_T, lse_T, mean_T if with_mean else None)
     return _scatter(scores, places, labels.shape[0])
 
@@ -201,7 +216,7 @@ def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
 
 
 class _TokenScores(torch.autograd.Function):
-    """Scores of T tokens that all have a label; the backward pass makes the logits of each chunk again."""
+    """Scores of T tokens that all have a label; gradients are made in the backward pass, or early."""
 
     @staticmethod
     def forward(
@@ -213,23 +228,32 @@ class _TokenScores(torch.autograd.Function):
         scale: float,
         softcap: float | None,
         with_mean: bool,
+        early: bool,
         chunk: int,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         device = hidden_TH.device.type
         ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_TH.dtype
-        ctx.scale, ctx.softcap, ctx.chunk = scale, softcap, chunk
+        ctx.scale, ctx.softcap, ctx.chunk, ctx.early = scale, softcap, chunk, early
+        ctx.parameter_dtype = weight_VH.dtype
         lse_T = hidden_TH.new_empty(hidden_TH.shape[0], dtype=_at_least_fp32(ctx.dtype))
         logps_T = torch.empty_like(lse_T)
         mean_T = torch.empty_like(lse_T) if with_mean else None
+        gradients = _Gradients.empty(ctx, hidden_TH, weight_VH, bias_V) if early else None
         with torch.autocast(device, enabled=False):
             weight, bias = _cast(weight_VH, bias_V, ctx.dtype)
             for part in _parts(hidden_TH.shape[0], chunk):
-                logits_CV = _chunk_logits(hidden_TH[part].to(ctx.dtype), weight, bias, scale, softcap)
+                hidden_CH, labels_C = hidden_TH[part].to(ctx.dtype), labels_T[part]
+                logits_CV = _chunk_logits(hidden_CH, weight, bias, scale, softcap)
                 lse_T[part] = logits_CV.logsumexp(-1)
-                logps_T[part] = logits_CV.gather(1, labels_T[part, None])[:, 0] - lse_T[part]
+                logps_T[part] = logits_CV.gather(1, labels_C[:, None])[:, 0] - lse_T[part]
                 if mean_T is not None:
                     mean_T[part] = logits_CV.mean(-1) - lse_T[part]
-        ctx.save_for_backward(hidden_TH, weight_VH, bias_V, labels_T, lse_T)
+                if gradients is not None:
+                    one = torch.ones_like(lse_T[part])
+                    upstream = _Upstream(one, torch.zeros_like(one), None)
+                    grad_CV = _logits_grad(logits_CV, lse_T[part], labels_C, upstream, scale, softcap)
+                    gradients.add(part, grad_CV, hidden_CH, weight)
+        ctx.save_for_backward(*(gradients or (hidden_TH, weight_VH, bias_V, labels_T, lse_T)))
         ctx.set_materialize_grads(False)
         return logps_T, lse_T, mean_T
 
@@ -238,29 +262,71 @@ class _TokenScores(torch.autograd.Function):
     def backward(
         ctx: Any, logps_grad_T: Tensor | None, lse_grad_T: Tensor | None, mean_grad_T: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        hidden_TH, weight_VH, bias_V, labels_T, lse_T = ctx.saved_tensors
-        logps_grad_T, lse_grad_T = (torch.zeros_like(lse_T) if x is None else x for x in (logps_grad_T, lse_grad_T))
+        if ctx.early:
+            assert lse_grad_T is None  # nothing but the log-probabilities may be used
+            assert mean_grad_T is None
+            gradients = _Gradients(*ctx.saved_tensors).times(logps_grad_T)
+        else:
+            gradients = _late_gradients(ctx, logps_grad_T, lse_grad_T, mean_grad_T)
+        hidden_TH, weight_VH, bias_V = gradients
+        of_parameters = (None if x is None else x.to(ctx.parameter_dtype) for x in (weight_VH, bias_V))
+        return (hidden_TH, *of_parameters, None, None, None, None, None, None)
+
+
+class _Gradients(NamedTuple):
+    """Of hidden states [T, H], weight [V, H] and bias [V]; ``None`` where none is wanted."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+    @staticmethod
+    def empty(ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> "_Gradients":
+        """Zeros; those of weights are summed over chunks in fp32, for bf16 would lose the small ones."""
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.zeros_like(hidden_TH) if wants_hidden else None
-        # Summed over chunks in fp32: bf16 would lose the small ones.
-        grad_weight = torch.zeros_like(weight_VH, dtype=lse_T.dtype) if wants_weight else None
-        grad_bias = torch.zeros_like(bias_V, dtype=lse_T.dtype) if wants_bias else None
-        with torch.autocast(hidden_TH.device.type, enabled=False):
-            weight, bias = _cast(weight_VH, bias_V, ctx.dtype)
-            for part in _parts(hidden_TH.shape[0], ctx.chunk):
-                hidden_CH = hidden_TH[part].to(ctx.dtype)
-                logits_CV = _chunk_logits(hidden_CH, weight, bias, ctx.scale, ctx.softcap)
-                mean_grad_C = None if mean_grad_T is None else mean_grad_T[part]
-                upstream = _Upstream(logps_grad_T[part], lse_grad_T[part], mean_grad_C)
-                grad_CV = _logits_grad(logits_CV, lse_T[part], labels_T[part], upstream, ctx.scale, ctx.softcap)
-                if grad_bias is not None:
-                    grad_bias += grad_CV.sum(0)
-                grad_CV = grad_CV.to(ctx.dtype)
-                if grad_hidden is not None:
-                    grad_hidden[part] = (grad_CV @ weight).to(grad_hidden.dtype)
-                if grad_weight is not None:
-                    grad_weight += grad_CV.T @ hidden_CH
-        return (grad_hidden, _like(grad_weight, weight_VH), _like(grad_bias, bias_V), None, None, None, None, None)
+        dtype = _at_least_fp32(ctx.dtype)
+        return _Gradients(
+            torch.zeros_like(hidden_TH) if wants_hidden else None,
+            torch.zeros_like(weight_VH, dtype=dtype) if wants_weight else None,
+            torch.zeros_like(bias_V, dtype=dtype) if wants_bias and bias_V is not None else None,
+        )
+
+    def add(self, part: slice, grad_CV: Tensor, hidden_CH: Tensor, weight_VH: Tensor) -> None:
+        """Add what the logits of a chunk give."""
+        if self.bias is not None:
+            self.bias.add_(grad_CV.sum(0))
+        grad_CV = grad_CV.to(weight_VH.dtype)
+        if self.hidden is not None:
+            self.hidden[part] = (grad_CV @ weight_VH).to(self.hidden.dtype)
+        if self.weight is not None:
+            self.weight.add_(grad_CV.T @ hidden_CH)
+
+    def times(self, factor_T: Tensor | None) -> "_Gradients":
+        """The gradients of a loss in which every log-probability has this factor: the first of T equal ones."""
+        if factor_T is None or not len(factor_T):
+            return _Gradients(*(None if x is None else x.zero_() for x in self))
+        all_first = factor_T[:1].expand_as(factor_T)
+        # Not on a GPU, for which it would have to wait.
+        assert factor_T.is_cuda or torch.allclose(factor_T, all_first, rtol=0, atol=0, equal_nan=True)
+        return _Gradients(*(None if x is None else x.mul_(factor_T[0]) for x in self))
+
+
+def _late_gradients(
+    ctx: Any, logps_grad_T: Tensor | None, lse_grad_T: Tensor | None, mean_grad_T: Tensor | None
+) -> _Gradients:
+    hidden_TH, weight_VH, bias_V, labels_T, lse_T = ctx.saved_tensors
+    logps_grad_T, lse_grad_T = (torch.zeros_like(lse_T) if x is None else x for x in (logps_grad_T, lse_grad_T))
+    gradients = _Gradients.empty(ctx, hidden_TH, weight_VH, bias_V)
+    with torch.autocast(hidden_TH.device.type, enabled=False):
+        weight, bias = _cast(weight_VH, bias_V, ctx.dtype)
+        for part in _parts(hidden_TH.shape[0], ctx.chunk):
+            hidden_CH = hidden_TH[part].to(ctx.dtype)
+            logits_CV = _chunk_logits(hidden_CH, weight, bias, ctx.scale, ctx.softcap)
+            mean_grad_C = None if mean_grad_T is None else mean_grad_T[part]
+            upstream = _Upstream(logps_grad_T[part], lse_grad_T[part], mean_grad_C)
+            grad_CV = _logits_grad(logits_CV, lse_T[part], labels_T[part], upstream, ctx.scale, ctx.softcap)
+            gradients.add(part, grad_CV, hidden_CH, weight)
+    return gradients
 
 
 class _Upstream(NamedTuple):
@@ -304,7 +370,3 @@ def _parts(size: int, chunk: int) -> Iterator[slice]:
 
 def _cast(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     return weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
-def _like(grad: Tensor | None, parameter: Tensor | None) -> Tensor | None:
-    return None if grad is None or parameter is None else grad.to(parameter.dtype)

@@ -86,8 +86,8 @@ class TrainModule(pl.LightningModule):
             "lr_scheduler": {"scheduler": self.build_scheduler(optimizer), "interval": "step", "frequency": 1},
         }
 
-    def scores(self, batch: PackedBatch, *, with_mean: bool = False) -> Scores:
-        """Return the scores of every label: [N] each, 0 where there is none."""
+    def scores(self, batch: PackedBatch, *, with_mean: bool = False, is_uniform: bool = False) -> Scores:
+        """Return the scores of every label: [N] each, 0 where there is none; see `model_scores`."""
         return model_scores(
             self.model,
             self.head,
@@ -95,6 +95,7 @@ class TrainModule(pl.LightningModule):
             attention=self.attention,
             deterministic=self.deterministic,
             with_mean=with_mean,
+            is_uniform=is_uniform,
         )
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
@@ -109,7 +110,7 @@ class TrainModule(pl.LightningModule):
         batch = self._with_reference(batch)
         noise = noisy_embeddings(self.model, batch, self.task.neftune, self.seed)
         with noise if self.task.neftune else nullcontext():
-            scores = self.scores(batch, with_mean=self.task.with_mean)
+            scores = self.scores(batch, with_mean=self.task.with_mean, is_uniform=self.task.is_uniform)
         measures = self.task.objective(scores, batch)
         loss = share(measures["loss"], batch.denominators)
         self.step_parts.append(_part(measures, batch))

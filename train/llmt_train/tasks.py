@@ -23,6 +23,8 @@ class Task(NamedTuple):
     """What held-out rows are measured by: the same, without what belongs to training alone."""
     with_mean: bool = False
     """Whether the objective reads ``mean_logps``."""
+    is_uniform: bool = False
+    """Whether the objective is the sum of the log-probabilities times one number, which makes its gradient cheaper."""
     neftune: float = 0.0
     """Noise on the embeddings in training, the paper's alpha; 0 is none."""
     reference: Callable[[PackedBatch], Tensor] | None = None
@@ -44,4 +46,7 @@ def build_task(config: RunConfig, reference: Callable[[PackedBatch], Tensor] | N
         return Task(objective, objective)
     settings = config.clm
     objective = partial(clm, **settings.model_dump(exclude={"neftune"}))
-    return Task(objective, clm, with_mean=settings.label_smoothing > 0, neftune=settings.neftune)
+    with_mean = settings.label_smoothing > 0
+    return Task(
+        objective, clm, with_mean=with_mean, is_uniform=not with_mean and not settings.z_loss, neftune=settings.neftune
+    )
