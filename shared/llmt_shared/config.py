@@ -70,6 +70,18 @@ def _again(mistake: ErrorDetails) -> InitErrorDetails:
     return InitErrorDetails(type=custom, loc=mistake["loc"], input=mistake["input"], ctx=ctx)
 
 
+def tag_of(given: Any, key: str, default: str) -> Any:
+    """Return by which key's value a union of models is told apart: for a pydantic `Discriminator`.
+
+    Args:
+        given: a mapping, or one of the union's models.
+        key: of the tag.
+        default: where the key is missing, and for what is no mapping: then the default model says what was wanted.
+    """
+    value = given.get(key, default) if isinstance(given, Mapping) else getattr(given, key, default)
+    return value if isinstance(value, str) else default
+
+
 def load_config(path: Path, model: type[Model], overrides: Sequence[str] = ()) -> Model:
     """Read and check a config file.
 
@@ -164,8 +176,7 @@ def _describe(
 def _message(model: type[BaseModel], location: Location, mistake: Any) -> str:
     kind, found = mistake["type"], mistake["input"]
     if kind == "extra_forbidden":
-        known = sorted(_fields(model, location[:-1]))
-        return f"unknown key{_nearest(str(location[-1]), known)}; known here: {', '.join(known)}"
+        return _unknown(model, location)
     if kind == "missing":
         return "missing; it is required"
     if kind == "value_error":
@@ -175,9 +186,31 @@ def _message(model: type[BaseModel], location: Location, mistake: Any) -> str:
     message = "a path" if kind == "path_type" else mistake["msg"]
     wanted = message.removeprefix("Input should be ").removeprefix("a ")
     if kind in ("literal_error", "union_tag_invalid"):
-        choices = re.findall(r"'([^']*)'", str(mistake.get("ctx", {}).get("expected", "") or mistake["msg"]))
+        ctx = mistake.get("ctx", {})
+        choices = re.findall(r"'([^']*)'", str(ctx.get("expected") or ctx.get("expected_tags") or mistake["msg"]))
+        found = ctx.get("tag", found)
         return f"{found!r} is not one of {', '.join(choices)}{_nearest(str(found), choices)}"
     return f"found {_short(found)}; wanted {wanted}"
+
+
+def _unknown(model: type[BaseModel], location: Location) -> str:
+    *above, key = location
+    owners = [each for each in _models_at(model, tuple(above)) if key in each.model_fields]
+    if owners:  # of another member of the union than the one that is meant
+        return f"belongs to {' and '.join(_tags(owners))}; remove `{key}`, or choose that"
+    known = sorted(_fields(model, tuple(above)))
+    return f"unknown key{_nearest(str(key), known)}; known here: {', '.join(known)}"
+
+
+def _tags(models: Iterable[type[BaseModel]]) -> list[str]:
+    """``key: value`` of the one field that tells each member of a union from the others."""
+    tags = []
+    for model in models:
+        literals = [(name, get_args(field.annotation)) for name, field in model.model_fields.items()]
+        tags += [
+            f"`{name}: {values[0]}`" for name, values in literals if len(values) == 1 and isinstance(values[0], str)
+        ]
+    return sorted(tags)
 
 
 def _in_document(document: Any, location: Location) -> Iterator[int | str]:
@@ -212,6 +245,11 @@ def _line(document: Any, location: Location) -> int:
 
 def _fields(model: Any, location: Location) -> set[str]:
     """Names of the keys that the model takes at a location, over all members of unions."""
+    return {name for each in _models_at(model, location) for name in each.model_fields}
+
+
+def _models_at(model: Any, location: Location) -> set[type[BaseModel]]:
+    """The model at a location, or all members of a union."""
     models = _models(model)
     for part in location:
         inner: set[type[BaseModel]] = set()
@@ -219,7 +257,7 @@ def _fields(model: Any, location: Location) -> set[str]:
             if isinstance(part, str) and part in each.model_fields:
                 inner |= _models(each.model_fields[part].annotation)
         models = inner or models
-    return {name for each in models for name in each.model_fields}
+    return models
 
 
 def _models(annotation: Any) -> set[type[BaseModel]]:

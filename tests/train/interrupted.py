@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llmt_train.config import RunConfig
 from llmt_train.fit import fit
 from llmt_train.metrics import read_metrics
@@ -25,7 +27,7 @@ def interrupt(config: RunConfig, step: int, how: signal.Signals = signal.SIGKILL
     wanted = max(step, 1 + max((record["step"] for record in read_metrics(config.output)), default=-1))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["llmt_train.fit"])
-    process = context.Process(target=fit, args=(config,))
+    process = context.Process(target=_fit, args=(config, torch.get_num_threads()))
     process.start()
     while process.is_alive() and not any(record["step"] >= wanted for record in read_metrics(config.output)):
         time.sleep(0.001)
@@ -37,3 +39,9 @@ def interrupt(config: RunConfig, step: int, how: signal.Signals = signal.SIGKILL
     process.join()
     # Python ends with 1 on the exception that says that the run was stopped.
     assert process.exitcode == (-signal.SIGKILL if how == signal.SIGKILL else 1)
+
+
+def _fit(config: RunConfig, num_threads: int) -> None:
+    """The order of a sum, and so its last bits, depend on the number of threads: here as many as there."""
+    torch.set_num_threads(num_threads)
+    fit(config)

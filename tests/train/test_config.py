@@ -6,7 +6,7 @@ import pytest
 
 from llmt_shared.config import load_config
 from llmt_shared.errors import ConfigError
-from llmt_train.config import FromConfig, RunConfig, resolve_steps
+from llmt_train.config import FromConfig, RunConfig
 
 GOOD = """\
 task: pretrain
@@ -101,9 +101,20 @@ def test_decay_belongs_to_wsd_only(tmp_path: Path) -> None:
     assert "decay belongs to schedule wsd" in "\n".join(mistakes(tmp_path, GOOD, "optim.schedule=cosine"))
 
 
-@pytest.mark.parametrize(("value", "steps"), [(7, 7), ("3%", 6), ("0%", 0), ("100%", 200), ("0.5 %", 1)])
-def test_a_share_is_of_the_whole_run(value: int | str, steps: int) -> None:
-    assert resolve_steps(value, 200) == steps
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optim.optimizer=muonn", ["'muonn' is not one of adamw, muon, adafactor, sgd", "did you mean 'muon'?"]),
+        ("optim.momentum=0.9", ["belongs to `optimizer: muon` and `optimizer: sgd`"]),
+        ("optim.warmup=100M tokns", ["or an amount such as 100M tokens"]),
+        ("optim.warmup=many tokens", ["'many'; wanted a size"]),
+        ("optim={optimizer: sgd, lr: 0.1, momentum: 0, nesterov: true}", ["nesterov looks ahead by the momentum"]),
+        ("optim={optimizer: muon, lr: 0.1, beta: 0}", ["unknown key, did you mean 'betas'?"]),
+    ],
+)
+def test_optimizers_refuse_what_is_not_theirs(tmp_path: Path, override: str, words: list[str]) -> None:
+    found = "\n".join(mistakes(tmp_path, GOOD, override))
+    assert all(word in found for word in words), found
 
 
 def test_the_shipped_config_is_valid_and_short() -> None:

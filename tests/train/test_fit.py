@@ -2,16 +2,14 @@
 
 import json
 import math
-import multiprocessing
 import os
 import signal
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from train.interrupted import curve, interrupt
 from train.tiny_dataset import WORDS, write_dataset
 
 from llmt_shared.errors import ConfigError, DataError, FormatError, LlmtError, Stopped
@@ -28,17 +26,6 @@ GPT2_WITH_DROPOUT = {
     "model_type": "gpt2", "vocab_size": WORDS, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64,
     "resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.2,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny models gain nothing from threads, and threads that spin slow down whoever shares the machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes to be killed
-    yield
-    torch.set_num_threads(threads)
-    del os.environ["OMP_NUM_THREADS"]
 
 
 @pytest.fixture(scope="module")
@@ -59,24 +46,6 @@ def make_config(data: Path, output: Path, model: Any = None, **changes: Any) -> 
         "save": {"every": 3, "keep": 2},
     }
     return RunConfig.model_validate(settings | changes)
-
-
-def curve(output: Path) -> list[dict[str, Any]]:
-    """The metrics without what depends on the machine."""
-    return [{key: value for key, value in record.items() if key != "tokens_per_s"} for record in read_metrics(output)]
-
-
-def killed_at(config: RunConfig, step: int) -> None:
-    """Run in another process and kill it as soon as it has logged a step."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["llmt_train.fit"])
-    process = context.Process(target=fit, args=(config,))
-    process.start()
-    while process.is_alive() and not any(record["step"] >= step for record in read_metrics(config.output)):
-        time.sleep(0.001)
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
 
 
 def test_a_run_learns_and_leaves_what_it_promises(data: Path, tmp_path: Path) -> None:
@@ -128,7 +97,7 @@ def test_a_run_killed_again_and_again_has_the_uninterrupted_curve(data: Path, tm
     fit(make_config(data, tmp_path / "whole", **settings))
     config = make_config(data, tmp_path / "killed", **settings)
     for step in (2, 4, 7, 8, 11):
-        killed_at(config, step)
+        interrupt(config, step)
     result = fit(config)
     assert result.resumed_from is not None
     assert result.resumed_from >= 9
@@ -145,7 +114,7 @@ def test_dropout_is_drawn_anew_for_every_micro_batch(data: Path, tmp_path: Path)
 
 def test_another_number_of_micro_batches_resumes_with_the_same_rows(data: Path, tmp_path: Path) -> None:
     fit(make_config(data, tmp_path / "whole"))
-    killed_at(make_config(data, tmp_path / "run"), 7)
+    interrupt(make_config(data, tmp_path / "run"), 7)
     fit(make_config(data, tmp_path / "run", batch={"tokens": 80, "micro_rows": 5}))
     whole, resumed = (
         [(r["step"], r["rows"], r["lr"], r["loss"]) for r in read_metrics(tmp_path / name) if "loss" in r]

@@ -23,17 +23,6 @@ TASKS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread(monkeypatch_module):
-    monkeypatch_module.setenv("OMP_NUM_THREADS", "1")  # of the processes: so few numbers gain nothing from threads
-
-
-@pytest.fixture(scope="module")
-def monkeypatch_module():
-    with pytest.MonkeyPatch.context() as patch:
-        yield patch
-
-
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("packed")

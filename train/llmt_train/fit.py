@@ -23,9 +23,10 @@ from llmt_train.lock import locked
 from llmt_train.metrics import NAME as METRICS
 from llmt_train.metrics import MetricsFile, read_metrics
 from llmt_train.module import TrainModule
-from llmt_train.optim import build_optimizer, build_scheduler
+from llmt_train.optim import build_optimizer
 from llmt_train.progress import Reporter
 from llmt_train.quiet import quiet_lightning, quiet_transformers
+from llmt_train.schedule import build_scheduler
 from llmt_train.setup import Setup, describe, set_up, uses_bf16
 from llmt_train.stopping import StopRequest
 
@@ -131,7 +132,12 @@ def build_module(setup: Setup) -> TrainModule:
         setup.model,
         setup.task,
         partial(build_optimizer, config=config.optim),
-        partial(build_scheduler, config=config.optim, total=plan.total_steps),
+        partial(
+            build_scheduler,
+            config=config.optim,
+            total=plan.total_steps,
+            tokens_per_step=plan.rows_per_step * plan.length,
+        ),
         head=setup.head,
         seed=plan.seed,
         num_sources=len(setup.dataset.sources),

@@ -1,31 +1,36 @@
-"""AdamW with weight decay where it belongs, and the learning rate as a pure function of the step."""
+"""Which optimizer steps which parameters, and which of them decay."""
 
-import math
-from functools import partial
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
-from llmt_train.config import OptimConfig, resolve_steps
-
-_WSD_DECAY = "20%"  # share of the run; MiniCPM (Hu et al. 2024, arXiv:2404.06395) finds 10 % enough, longer is safer
+from llmt_train.config import AdafactorConfig, AdamwConfig, MuonConfig, RateConfig, SgdConfig
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Return AdamW over the parameters that train; one fused kernel where they lie on a GPU."""
+def build_optimizer(model: nn.Module, config: RateConfig) -> torch.optim.Optimizer:
+    """Return the run's optimizer over the parameters that train; AdamW is one fused kernel where they lie on a GPU."""
     groups = parameter_groups(model, config.weight_decay)
-    on_gpu = all(parameter.is_cuda for parameter in model.parameters())
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=on_gpu or None)
+    match config:
+        case AdamwConfig():
+            return _adamw(groups, config)
+        case MuonConfig():
+            return _muon(model, groups, config)
+        case AdafactorConfig():
+            return torch.optim.Adafactor(groups, lr=config.lr)
+        case SgdConfig():
+            return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+    raise TypeError(f"no optimizer for {type(config).__name__}")
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Split the trained parameters into those that decay and those that do not.
 
     Not decayed: parameters with fewer than two dims (biases, norms) and the weights of embedding modules, whose rows
     for rare tokens would shrink with nothing to pull them back. A head tied to an embedding is the same tensor.
     """
-    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    embeddings = _embeddings(model)
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
     for parameter in model.parameters():
@@ -35,38 +40,67 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
     return [group for group in groups if group["params"]]
 
 
-def build_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, total: int) -> LambdaLR:
-    """Return the scheduler of a run of ``total`` optimizer steps."""
-    factor = partial(
-        lr_factor,
-        total=total,
-        schedule=config.schedule,
-        warmup=resolve_steps(config.warmup, total),
-        decay=resolve_steps(config.decay or _WSD_DECAY, total),
-        floor=config.min_lr / config.lr,
-    )
-    return LambdaLR(optimizer, factor)
+def _embeddings(model: nn.Module) -> set[int]:
+    """Ids of the parameters of embedding modules."""
+    return {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
 
 
-def lr_factor(step: int, *, total: int, schedule: str, warmup: int, decay: int, floor: float) -> float:
-    """Return the learning rate of a step as a share of the largest one.
+def _adamw(groups: list[dict[str, Any]], config: AdamwConfig | MuonConfig) -> torch.optim.AdamW:
+    on_gpu = all(parameter.is_cuda for group in groups for parameter in group["params"])
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=on_gpu or None)
 
-    Args:
-        step: optimizer steps done before this one: 0, 1, .. total - 1.
-        total: steps of the run.
-        schedule: ``constant``, ``linear``, ``cosine`` (Loshchilov and Hutter 2017, arXiv:1608.03983) or ``wsd``
-            (warm-up, stable, decay; Hu et al. 2024, arXiv:2404.06395, with the linear decay of Haegele et al. 2024,
-            arXiv:2405.18392).
-        warmup: steps of a linear rise that reaches 1 at step ``warmup - 1``, so that no step has a rate of 0.
-        decay: wsd: the last steps of the run, over which the rate falls; at most those after the warm-up.
-        floor: share that the rate would reach at step ``total``.
-    """
-    if step < warmup:
-        return (step + 1) / warmup
-    start = max(warmup, total - decay) if schedule == "wsd" else warmup
-    progress = min(1.0, max(0, step - start) / max(1, total - start))
-    if schedule == "constant":
-        return 1.0
-    if schedule == "cosine":
-        return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
-    return floor + (1 - floor) * (1 - progress)
+
+def _muon(model: nn.Module, groups: list[dict[str, Any]], config: MuonConfig) -> torch.optim.Optimizer:
+    """Muon for the matrices of hidden layers, AdamW for embeddings, the head, norms, biases and blocks of experts."""
+    find_head: Callable[[], nn.Module | None] = getattr(model, "get_output_embeddings", lambda: None)
+    head = find_head()
+    others = _embeddings(model) | ({id(p) for p in head.parameters()} if head is not None else set())
+    trained = [p for group in groups for p in group["params"]]
+    matrices = {id(p): p for p in trained if p.ndim == 2 and id(p) not in others}
+    rest = [group | {"params": [p for p in group["params"] if id(p) not in matrices]} for group in groups]
+    parts: list[torch.optim.Optimizer] = []
+    if matrices:
+        parts.append(
+            torch.optim.Muon(
+                matrices.values(),
+                lr=config.lr,
+                weight_decay=config.weight_decay,
+                momentum=config.momentum,
+                nesterov=config.nesterov,
+                ns_steps=config.ns_steps,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    if len(matrices) < len(trained):
+        parts.append(_adamw([group for group in rest if group["params"]], config))
+    return Together(parts)
+
+
+class Together(torch.optim.Optimizer):
+    """Optimizers of different parameters that step, save and load as one: a trainer and a scheduler want one."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        super().__init__([{"params": group["params"]} for part in parts for group in part.param_groups], {})
+        self._parts = list(parts)
+        self._share_groups()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step every part; the closure runs once, before."""
+        loss = closure() if closure is not None else None
+        for part in self._parts:
+            part.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the parts' states."""
+        return {"parts": [part.state_dict() for part in self._parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        for part, state in zip(self._parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self._share_groups()
+
+    def _share_groups(self) -> None:
+        """Whoever sets a learning rate in these groups sets it in the parts'."""
+        self.param_groups = [group for part in self._parts for group in part.param_groups]

@@ -18,6 +18,7 @@ from llmt_train.match import check_max_id, check_tokenizers, model_token_ids, re
 from llmt_train.models import load_model
 from llmt_train.positions import check_positions
 from llmt_train.reference import Identity, fingerprint, frozen_copy, live_reference, open_overlay
+from llmt_train.schedule import check_schedule
 from llmt_train.tasks import KINDS, Task, build_task
 
 
@@ -63,7 +64,9 @@ def open_data(config: RunConfig) -> tuple[Dataset, Plan]:
     if kind != wanted:
         fitting = " or ".join(f"`task: {task}`" for task, each in KINDS.items() if each == kind)
         raise ConfigError(f"task: {config.task}, but {config.data} is of kind {kind}; set {fitting}")
-    return dataset, plan_run(dataset.train, config.batch, config.train)
+    plan = plan_run(dataset.train, config.batch, config.train)
+    check_schedule(config.optim, plan.total_steps, plan.rows_per_step * plan.length)
+    return dataset, plan
 
 
 def open_model(config: RunConfig, dataset: Dataset) -> tuple[Any, HeadSpec | None]:
