@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar, get_args
 
+from annotated_types import Gt
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -317,6 +318,8 @@ def parse_count(value: object) -> int:
     """Read `20B`, `300M`, `4096`; raises ValueError for anything that is no whole number."""
     return _parse_quantity(value, _UNITS, "20B, 300M or 4096")
 
+
+PositiveInt = Annotated[int, Gt(0)]
 
 Count = Annotated[int, BeforeValidator(parse_count)]
 """A number of tokens or documents: `20B` is 20 000 000 000."""

@@ -57,7 +57,7 @@ data: data/x
 batch: {tokens: -1, micro_row: 2}
 train: {steps: 10, epochs: 1}
 optim: {lr: 0, schedule: cosin, warmup: 300%, decay: 5}
-log: [jsonl, wandb]
+log: [jsonl, comet]
 """
     lines = mistakes(tmp_path, text)
     starts = [line.split(": ")[0:2] for line in lines]
