@@ -216,10 +216,11 @@ class Layer(torch.nn.Module):
 
 def test_the_function_that_transformers_calls_gives_the_attention_of_the_segments():
     register()
-    assert AttentionInterface()[NAME] is attend
+    registered = AttentionInterface()[NAME]
     q, k, v = (x.transpose(0, 1)[None] for x in random_qkv(9, 2, 1))
     segments = Segments.from_lengths([5, 4])
-    out, weights = attend(Layer(), q, k, v, None, segments=segments, scaling=0.5, sliding_window=3, position_ids=None)
+    options = {"scaling": 0.5, "sliding_window": 3, "position_ids": None}
+    out, weights = registered(Layer(), q, k, v, None, segments=segments, **options)
     wanted = definition(*(x[0].transpose(0, 1) for x in (q, k, v)), segments, 0.5, 3)
     assert weights is None
     torch.testing.assert_close(out[0], wanted, rtol=0, atol=1e-6)

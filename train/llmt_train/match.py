@@ -49,7 +49,8 @@ def check_max_id(max_id: int, num_embeddings: int, place: str) -> None:
     if max_id >= num_embeddings:
         raise ConfigError(
             f"{place}: the dataset's tokenizer can produce id {max_id}, but the model has {num_embeddings} embedding "
-            f"rows; wanted a model with vocab_size >= {max_id + 1}, or a dataset packed with the model's tokenizer"
+            f"rows; wanted a model with vocab_size >= {max_id + 1}, or a dataset packed with the model's tokenizer; "
+            "`train.resize_embeddings: true` gives the model the rows that it lacks"
         )
 
 

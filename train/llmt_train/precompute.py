@@ -24,8 +24,8 @@ from llmt_train.config import RunConfig
 from llmt_train.data import Prefetched, read_batch
 from llmt_train.lock import locked
 from llmt_train.quiet import quiet_transformers
-from llmt_train.reference import IDENTITY, Identity, live_reference, overlay_path, read_identity
-from llmt_train.setup import device, identity, open_data, open_model, splits_of, uses_bf16
+from llmt_train.reference import IDENTITY, Identity, fingerprint, live_reference, overlay_path, read_identity
+from llmt_train.setup import check_model, device, identity, open_data, open_model, splits_of, uses_bf16
 from llmt_train.stopping import StopRequest
 
 _BLOCK = 4096  # rows whose pairs are looked at together
@@ -63,8 +63,9 @@ def precompute(config: RunConfig, *, force: bool = False) -> PrecomputeResult:
     with ExitStack() as stack:
         stack.enter_context(quiet_transformers())
         stop = stack.enter_context(StopRequest())
-        model, head = open_model(config, dataset)
-        wanted = identity(config, dataset, model)
+        model = open_model(config, dataset)
+        head = check_model(model, config)
+        wanted = identity(config, dataset, fingerprint(model))
         folder = overlay_path(dataset.path, wanted.weights)
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locked(folder, "wait for it"))

@@ -1,15 +1,21 @@
 """Everything that a run is made of, checked before its first step: data, arithmetic, model, task."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import CONFIG_MAPPING
 
 from llmt_shared.dataset import Dataset, Split, open_dataset
 from llmt_shared.errors import ConfigError
 from llmt_shared.progress import say
+from llmt_train.adapt import choose_execution, choose_trained, resize_embeddings
+from llmt_train.adapters import without_adapters
+from llmt_train.batch import PackedBatch
 from llmt_train.config import FromConfig, RunConfig
 from llmt_train.data import NO_PAIRING, Pairing, Plan, plan_run, rows_consumed
 from llmt_train.head import HeadSpec, find_head
@@ -31,6 +37,8 @@ class Setup:
     plan: Plan
     model: Any
     """On its device, in training mode, as it is before the first step."""
+    base: str | None
+    """Fingerprint of the weights that it began with, where they are not all in its checkpoints."""
     head: HeadSpec | None
     """How it makes its logits, where that is known."""
     task: Task
@@ -52,9 +60,13 @@ def set_up(config: RunConfig) -> Setup:
         DataError: there is nothing to train on.
     """
     dataset, plan = open_data(config)
-    model, head = open_model(config, dataset)
-    task, pairing = _open_task(config, dataset, model, head)
-    return Setup(config, dataset, plan, model, head, task, pairing)
+    model = open_model(config, dataset)
+    base = fingerprint(model) if config.lora is not None or _reads_overlay(config) else None
+    choose_trained(model, config.train, config.lora)
+    head = check_model(model, config)
+    task, pairing = _open_task(config, dataset, model, head, base)
+    choose_execution(model, config)
+    return Setup(config, dataset, plan, model, base, head, task, pairing)
 
 
 def open_data(config: RunConfig) -> tuple[Dataset, Plan]:
@@ -69,46 +81,65 @@ def open_data(config: RunConfig) -> tuple[Dataset, Plan]:
     return dataset, plan
 
 
-def open_model(config: RunConfig, dataset: Dataset) -> tuple[Any, HeadSpec | None]:
-    """Load the model after the cheap checks, then run those that need it."""
-    place = model_name(config)
+def open_model(config: RunConfig, dataset: Dataset) -> Any:
+    """Load the model as it is before anything is changed for training, after the checks that need no weights."""
+    place, max_id = model_name(config), dataset.manifest.tokenizer.max_id
     ids = model_token_ids(config.model) if isinstance(config.model, str) else None
     if ids is not None:
         check_tokenizers(read_token_ids(dataset.tokenizer_dir / "tokenizer.json"), ids, place)
     spec = config.model if isinstance(config.model, str) else _fresh(config.model, dataset)
-    model = load_model(spec, seed=config.train.seed)
-    check_max_id(dataset.manifest.tokenizer.max_id, model.get_input_embeddings().weight.shape[0], place)
+    dtype = torch.bfloat16 if config.precision == "bf16-true" else torch.float32
+    model = load_model(spec, dtype=dtype, seed=config.train.seed)
+    if config.train.resize_embeddings:
+        resize_embeddings(model, max_id + 1, seed=config.train.seed)
+    check_max_id(max_id, model.get_input_embeddings().weight.shape[0], place)
     for split in splits_of(dataset).values():
         check_positions(model.config, split, place)
+    return model.to(device())
+
+
+def check_model(model: Any, config: RunConfig) -> HeadSpec | None:
+    """Prove that packed documents are isolated in a model, and find how it makes its logits."""
     autocast = torch.bfloat16 if uses_bf16(config) else None
-    check_isolation(model.to(device()), attention=config.attention, autocast=autocast)
-    return model, _find_head(model)
+    check_isolation(model, attention=config.attention, autocast=autocast)
+    return _find_head(model)
+
+
+def _reads_overlay(config: RunConfig) -> bool:
+    return config.task == "dpo" and config.dpo.reference == "precomputed"
 
 
 def _open_task(
-    config: RunConfig, dataset: Dataset, model: Any, head: HeadSpec | None
+    config: RunConfig, dataset: Dataset, model: Any, head: HeadSpec | None, base: str | None
 ) -> tuple[Task, dict[str, Pairing]]:
     pairing = dict.fromkeys(dataset.manifest.splits, NO_PAIRING)
-    source = config.dpo.reference if config.task == "dpo" else "none"
     reference = None
     if config.task == "orpo":
         pairing = dict.fromkeys(pairing, Pairing(with_chosen_prompts=config.orpo.nll_on == "all"))
-    if source == "precomputed":
-        lookups = open_overlay(dataset, identity(config, dataset, model))
+    if _reads_overlay(config):
+        assert base is not None  # `set_up` looked
+        lookups = open_overlay(dataset, identity(config, dataset, base))
         pairing = {name: Pairing(reference=lookup) for name, lookup in lookups.items()}
-    if source == "model":
-        deterministic = config.train.deterministic
-        reference = live_reference(*frozen_copy(model, head), attention=config.attention, deterministic=deterministic)
+    if config.task == "dpo" and config.dpo.reference == "model":
+        reference = _reference(config, model, head)
     return build_task(config, reference), pairing
 
 
-def identity(config: RunConfig, dataset: Dataset, model: Any) -> Identity:
-    """Return what reference log-probs of this run are of."""
+def _reference(config: RunConfig, model: Any, head: HeadSpec | None) -> Callable[[PackedBatch], Tensor]:
+    """The model as it begins: itself without its adapters, or a copy that stays."""
+    serve = partial(live_reference, attention=config.attention, deterministic=config.train.deterministic)
+    if config.lora is not None:
+        return serve(model, head, without_adapters=partial(without_adapters, model))
+    return serve(*frozen_copy(model, head))
+
+
+def identity(config: RunConfig, dataset: Dataset, weights: str) -> Identity:
+    """Return what reference log-probs of this run are of; ``weights`` is the `fingerprint` of `open_model`'s."""
     return Identity(
         digest=dataset.digest,
-        weights=fingerprint(model),
+        weights=weights,
         model=model_name(config),
-        precision="bf16" if uses_bf16(config) else "fp32",
+        precision="bf16" if uses_bf16(config) else "fp32" if config.precision == "auto" else config.precision,
         attention=config.attention,
     )
 
@@ -130,7 +161,7 @@ def device() -> str:
 
 
 def uses_bf16(config: RunConfig) -> bool:
-    """Return whether the model computes in bf16 (its weights are fp32 in any case)."""
+    """Return whether the model computes in bf16 with weights in fp32: under autocast."""
     has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return config.precision == "bf16" or (config.precision == "auto" and has_bf16)
 
@@ -144,13 +175,15 @@ def describe(setup: Setup, step: int) -> str:
     """
     config, dataset, plan = setup.config, setup.dataset, setup.plan
     parameters = sum(parameter.numel() for parameter in setup.model.parameters())
+    trained = sum(parameter.numel() for parameter in setup.model.parameters() if parameter.requires_grad)
+    partly = "" if trained == parameters else f" ({trained:,} of them train)"
     held_out = 0 if dataset.validation is None else dataset.validation.num_rows
-    precision = "bf16 with fp32 weights" if uses_bf16(config) else "fp32"
+    precision = "bf16 with fp32 weights" if uses_bf16(config) else str(next(setup.model.parameters()).dtype)[6:]
     tokens, epochs = plan.rows_per_step * plan.length, plan.total_rows / plan.num_rows
     data = f"{plan.num_rows:,} rows of {plan.length:,} tokens, {held_out:,} held out, digest {dataset.digest[:16]}"
     micro = f"in {plan.accumulation} micro-batches of at most {plan.micro_rows} rows"
     lines = [
-        f"model     {setup.model.config.model_type}, {parameters:,} parameters, {precision}",
+        f"model     {setup.model.config.model_type}, {parameters:,} parameters{partly}, {precision}",
         f"data      {dataset.path}: {data}",
         f"step      {plan.rows_per_step} rows = {tokens:,} tokens, {micro}",
         f"run       {plan.total_steps:,} steps, {plan.total_rows:,} rows = {epochs:.2f} epochs",

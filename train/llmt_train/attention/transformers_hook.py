@@ -8,6 +8,7 @@ Shape legend: N packed tokens, H query heads, K key/value heads, D head size.
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -21,7 +22,8 @@ NAME = "llmt"
 
 def register() -> None:
     """Make ``attn_implementation="llmt"`` known to transformers; calling it again changes nothing."""
-    AttentionInterface.register(NAME, attend)
+    # Where segments lie is data: a compiler would make code for every row of it.
+    AttentionInterface.register(NAME, torch.compiler.disable(attend))  # type: ignore[no-untyped-call]
     AttentionMaskInterface.register(NAME, _no_mask)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
-from pydantic import ConfigDict
+from pydantic import ConfigDict, ValidationError
 
 from llmt_shared.config import Count, PositiveInt, StrictModel, UserPath
 from llmt_train.config.data import Data
@@ -40,7 +40,7 @@ class TrainConfig(StrictModel):
     checkpointing: Checkpointing = CheckpointingConfig()
     """Activations that are computed again: none|attention|selective|full, or `{policy: selective, every: 2}`."""
     compile: bool = False
-    """Compile every layer by torch.compile; the first step takes minutes, those after it less."""
+    """Compile every layer by torch.compile: the first step takes minutes, those after it less."""
     liger: bool = False
     """Liger's kernels for norms and MLPs, on a GPU; needs `liger-kernel`."""
     freeze: tuple[Pattern, ...] = ()
@@ -50,9 +50,16 @@ class TrainConfig(StrictModel):
 
     @classmethod
     def conflicts(cls, given: Mapping[str, Any]) -> Iterator[str]:
-        """One of the two lengths, and only one."""
+        """One of the two lengths, and only one; what compiling leaves of checkpointing."""
         if (given.get("epochs") is None) == (given.get("steps") is None):
             yield "wanted one of `epochs` and `steps`"
+        checkpointing = given.get("checkpointing")
+        policy = checkpointing.get("policy") if isinstance(checkpointing, Mapping) else checkpointing
+        if given.get("compile") and policy == "selective":
+            yield (
+                "checkpointing: selective cannot see matrix products in compiled layers; wanted attention or full, or "
+                "compile: false"
+            )
 
 
 class EvalConfig(StrictModel):
@@ -173,6 +180,7 @@ def _section(given: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _is_set(given: Mapping[str, Any], section: str, default: StrictModel) -> bool:
     """Whether a section says anything; a saved config has every section, with its defaults."""
-    value = given.get(section, default)
-    all_set = default.model_dump() | dict(value) if isinstance(value, Mapping) else value
-    return all_set not in (default, default.model_dump())
+    try:
+        return type(default).model_validate(given.get(section, default)) != default
+    except ValidationError:  # told for itself
+        return True
