@@ -71,17 +71,17 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def load_trained_state(model: nn.Module, state: Mapping[str, Tensor], place: str) -> None:
-    """Take back what `trained_state` gave.
+def check_trained_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Compare the names and shapes of a state with what the model has to learn.
 
     Raises:
         FormatError: it is of other adapters.
     """
-    wanted = trained_state(model).keys()
-    if wanted != state.keys():
-        odd = sorted(wanted ^ state.keys())
-        raise FormatError(f"{place}: holds other adapters than the run's; {odd[0]} is in one of them alone")
-    model.load_state_dict(state, strict=False)
+    wanted = {name: tensor.shape for name, tensor in trained_state(model).items()}
+    found = {name: tensor.shape for name, tensor in state.items()}
+    if wanted != found:
+        odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        raise FormatError(f"the checkpoint holds other adapters than the run's; the first that differs: {odd[0]}")
 
 
 def merge_adapters(model: Any) -> None:

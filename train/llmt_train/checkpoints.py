@@ -35,7 +35,10 @@ RUN_CONFIG = "config.yaml"
 MODEL_CONFIG = "config.json"
 """The model's Hugging Face config."""
 _FOLDER = "checkpoints"
-_MAY_CHANGE = ("output", "data", "eval", "save", "log", "precision", "attention", "batch.micro_rows", "optim.clip")
+_MAY_CHANGE = (
+    *("output", "data", "eval", "save", "log", "wandb", "mlflow", "sample", "precision", "attention"),
+    *("batch.micro_rows", "optim.clip", "train.checkpointing", "train.compile", "train.liger"),
+)
 _MAY_GROW = ("train.steps", "train.epochs")
 
 
@@ -50,6 +53,8 @@ class State(StrictModel):
     digest: str
     """The dataset's."""
     seed: int
+    base: str | None = None
+    """Fingerprint of the weights that the run began with, where the checkpoint does not hold them all."""
     files: dict[str, int] = Field(default_factory=dict)
     """Name and bytes of every other file of the checkpoint."""
 
@@ -283,6 +288,7 @@ def check_resumable(folder: Path, state: State, config: Mapping[str, Any], model
     differences = [
         *_difference("dataset digest", old.digest[:16], state.digest[:16]),
         *_difference("rows of a step", old.rows_per_step, state.rows_per_step),
+        *_difference("weights that the run began with", (old.base or "")[:16], (state.base or "")[:16]),
         *_difference("rows of all steps (the last one was short)", old.rows_consumed, state.rows_consumed),
         *_changed_settings(read_config(folder), config),
     ]

@@ -118,6 +118,9 @@ def export(
         Path, typer.Argument(help="Output folder of a run (its newest checkpoint), or one checkpoint.")
     ],
     directory: Annotated[Path, typer.Argument(help="Folder to write; must be new or empty.")],
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Write a run's adapters alone, for peft; without this they are merged.")
+    ] = False,
     check: Annotated[
         bool, typer.Option("--check", help="Load the result with plain transformers and compare its logits with ours.")
     ] = False,
@@ -134,7 +137,7 @@ def export(
 
     from llmt_train.export import export as export_model
 
-    result = export_model(checkpoint, directory, check=check, force=force)
+    result = export_model(checkpoint, directory, adapter=adapter, check=check, force=force)
     if as_json:
         typer.echo(json.dumps(asdict(result)))
         return

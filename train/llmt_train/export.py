@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from llmt_shared.errors import ConfigError, DataError, FormatError
 from llmt_train import checkpoints
-from llmt_train.attention import NAME, register
+from llmt_train.adapters import merge_adapters
 from llmt_train.batch import collate
 from llmt_train.quiet import quiet_transformers
+from llmt_train.trained import load_checkpoint_model
 
 TOLERANCE = 1e-5
 """Largest difference of a logit, in fp32 and on the same input, that `check` accepts."""
@@ -39,17 +40,22 @@ class ExportResult:
     """Of a logit, between ours and plain transformers', in fp32; ``None`` without a check."""
 
 
-def export(source: Path, directory: Path, *, check: bool = False, force: bool = False) -> ExportResult:
+def export(
+    source: Path, directory: Path, *, adapter: bool = False, check: bool = False, force: bool = False
+) -> ExportResult:
     """Write a checkpoint's model as safetensors with config, generation config, tokenizer and chat template.
+
+    Adapters are merged into the weights, which are then fp32.
 
     Args:
         source: a run's output folder (its newest checkpoint) or a checkpoint.
         directory: folder to write; it appears under this name only when it is whole.
+        adapter: write the adapters alone, as `peft` reads them; they name the model that they belong to.
         check: load the result with plain transformers and compare.
         force: replace an earlier export.
 
     Raises:
-        ConfigError: ``directory`` holds something.
+        ConfigError: ``directory`` holds something; the run has no adapters, or trained more than them.
         FormatError: the checkpoint is damaged, or the check failed; ``directory`` is then not written.
         DataError: the weights cannot be written, as on a full disk.
     """
@@ -58,6 +64,7 @@ def export(source: Path, directory: Path, *, check: bool = False, force: bool = 
     temporary = directory.with_name(f".{directory.name}.partial")
     with quiet_transformers():
         model = load_checkpoint_model(checkpoint)
+        _settle_adapters(model, checkpoint, adapter)
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             _write(model, checkpoint, temporary)
@@ -74,28 +81,14 @@ def export(source: Path, directory: Path, *, check: bool = False, force: bool = 
     return ExportResult(str(checkpoint), str(directory), size, difference)
 
 
-def load_checkpoint_model(checkpoint: Path) -> Any:
-    """Return a checkpoint's model with its weights, in fp32 and evaluation mode, with our attention.
-
-    Raises:
-        FormatError: the weights are not those of the config beside them.
-    """
-    register()
-    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
-    classes: Any = AutoModelForCausalLM
-    model = classes.from_config(config, attn_implementation=NAME, dtype=torch.float32, trust_remote_code=False)
-    content = checkpoints.read_weights(checkpoint / checkpoints.WEIGHTS, mmap=True)
-    weights = {
-        name.removeprefix("model."): tensor
-        for name, tensor in content["state_dict"].items()
-        if name.startswith("model.")
-    }
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise FormatError(f"{checkpoint}: the weights do not fit config.json: {reason}") from None
-    return model.eval()
+def _settle_adapters(model: Any, checkpoint: Path, adapter: bool) -> None:
+    """Merge adapters, or make sure that they are all there is to write."""
+    lora = checkpoints.read_config(checkpoint).get("lora")
+    if lora and not adapter:
+        merge_adapters(model)
+    if adapter and not (lora and not lora["train_also"]):
+        what = "more than adapters (lora.train_also)" if lora else "no adapters"
+        raise ConfigError(f"{checkpoint}: the run trained {what}; export it without --adapter")
 
 
 def _check_target(directory: Path, force: bool) -> None:
@@ -107,7 +100,7 @@ def _check_target(directory: Path, force: bool) -> None:
         return
     if not force:
         raise ConfigError(f"{directory}: holds something already; choose a new folder, or --force to replace an export")
-    if not (directory / "config.json").is_file():
+    if not any((directory / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ConfigError(f"{directory}: is no earlier export (it has no config.json); --force replaces only those")
 
 
@@ -115,20 +108,31 @@ def _write(model: Any, checkpoint: Path, directory: Path) -> None:
     tokenizer = checkpoint.parent.parent / "tokenizer"
     if not (tokenizer / "tokenizer.json").is_file():
         raise FormatError(f"{tokenizer}: no tokenizer.json; a checkpoint is exported from inside its run's folder")
+    config = checkpoints.read_config(checkpoint)
+    in_bf16 = config["precision"] == "bf16-true" and not config.get("lora")
     directory.mkdir(parents=True)
     model.config.use_cache = True  # training switches it off
     model.config.__dict__.pop("auto_map", None)  # it names code that is not exported; transformers' own was trained
     generation_class: Any = GenerationConfig
     model.generation_config = generation_class()
     try:
-        model.save_pretrained(directory)
+        # Weights keep the precision that they were trained in; those with merged adapters are sums in fp32.
+        _cast(model, torch.bfloat16 if in_bf16 else torch.float32).save_pretrained(directory)
     except SafetensorError as error:
         raise DataError(f"{directory}: the weights cannot be written: {error}") from None
+    _cast(model, torch.float32)
     # Not by `save_pretrained`, which refuses settings that published models have (a temperature without sampling).
     generation = generation_class.from_dict(checkpoints.read_json(checkpoint, "generation_config.json"))
     generation.to_json_file(directory / "generation_config.json")
     checkpoints.copy_files(tokenizer, directory)
     _name_tokenizer_class(directory / "tokenizer_config.json")
+
+
+def _cast(model: Any, dtype: torch.dtype) -> Any:
+    """Cast the parameters alone: the frequencies of rotary positions are buffers, and fp32 in any model."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def _name_tokenizer_class(path: Path) -> None:

@@ -106,6 +106,7 @@ def _state(setup: Setup, step: int) -> checkpoints.State:
         rows_per_step=setup.plan.rows_per_step,
         digest=setup.dataset.digest,
         seed=setup.plan.seed,
+        base=setup.base,
     )
 
 
@@ -143,6 +144,7 @@ def build_module(setup: Setup) -> TrainModule:
         num_sources=len(setup.dataset.sources),
         attention=config.attention,
         deterministic=config.train.deterministic,
+        saves_trained_alone=config.lora is not None,
     )
 
 

@@ -1,7 +1,7 @@
 """The one LightningModule: a micro-batch to a loss that adds up to the whole step's, however the step is split."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from llmt_shared.order import key
+from llmt_train.adapters import check_trained_state, trained_state
 from llmt_train.batch import PackedBatch
 from llmt_train.head import HeadSpec, Scores, model_scores
 from llmt_train.neftune import noisy_embeddings
@@ -48,6 +49,7 @@ class TrainModule(pl.LightningModule):
         num_sources: int = 1,
         attention: str = "auto",
         deterministic: bool = False,
+        saves_trained_alone: bool = False,
     ) -> None:
         """Keep what a run needs; nothing is computed yet.
 
@@ -61,6 +63,8 @@ class TrainModule(pl.LightningModule):
             num_sources: of the dataset, for evaluation by source.
             attention: backend, or ``auto``.
             deterministic: see `varlen_attention`.
+            saves_trained_alone: leave out of checkpoints what does not train: adapters are small, the model beside
+                them is not, and lies where it was loaded from.
         """
         super().__init__()
         self.model = model
@@ -72,6 +76,7 @@ class TrainModule(pl.LightningModule):
         self.num_sources = num_sources
         self.attention = attention
         self.deterministic = deterministic
+        self.strict_loading = not saves_trained_alone
         self.step_parts: list[StepPart] = []
         """Of the optimizer step's micro-batches so far, on this rank; complete in ``on_before_optimizer_step`` and
         until the next step's first micro-batch."""
@@ -126,6 +131,16 @@ class TrainModule(pl.LightningModule):
         values = [torch.stack([part.measures[name] for part in self.step_parts]).sum() for name in names]
         return dict(zip(names, torch.stack(values).tolist(), strict=True))
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out what does not train, where that is wanted."""
+        if not self.strict_loading:
+            checkpoint["state_dict"] = with_prefix(trained_state(self.model))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Look for what is missing, which Lightning does not where something may be left out."""
+        if not self.strict_loading:
+            check_trained_state(self.model, without_prefix(checkpoint["state_dict"]))
+
     def on_validation_epoch_start(self) -> None:
         """Begin an evaluation."""
         self.evaluation = Evaluation(self.num_sources)
@@ -149,6 +164,20 @@ class TrainModule(pl.LightningModule):
             self.step_parts = []
             self._is_new_step = False
         torch.manual_seed(key(self.seed, self.trainer.global_step, len(self.step_parts), self.trainer.global_rank))
+
+
+_PREFIX = "model."
+"""Of the model's own names in what Lightning saves of this module."""
+
+
+def with_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state of a model as its module has it."""
+    return {_PREFIX + name: tensor for name, tensor in state.items()}
+
+
+def without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state of the model from its module's."""
+    return {name.removeprefix(_PREFIX): tensor for name, tensor in state.items() if name.startswith(_PREFIX)}
 
 
 class Evaluation:

@@ -10,6 +10,7 @@ from transformers.utils import logging as transformers_logging
 _MEANT_FOR_OTHERS = (
     r"You defined a `validation_step` but have no `val_dataloader`",  # evaluation is ours: see callbacks
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's use of torch
+    r"The .grad attribute of a Tensor that is not a leaf",  # torch's compiler looks at it
     r"The `srun` command is available on your system",  # one process, started by whoever wants to
 )
 

@@ -1,0 +1,58 @@
+"""The model of a checkpoint."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from llmt_shared.errors import ConfigError, FormatError
+from llmt_train import checkpoints
+from llmt_train.adapt import resize_embeddings
+from llmt_train.adapters import add_adapters, check_trained_state
+from llmt_train.attention import NAME, register
+from llmt_train.config import LoraConfig
+from llmt_train.models import load_model
+from llmt_train.module import without_prefix
+from llmt_train.reference import fingerprint
+
+
+def load_checkpoint_model(checkpoint: Path) -> Any:
+    """Return a checkpoint's model with its weights, in fp32 and evaluation mode, with our attention.
+
+    Raises:
+        ConfigError: its adapters belong to a model that cannot be loaded.
+        FormatError: the weights are not those of the config beside them, or the adapters not of the model.
+    """
+    register()
+    config = checkpoints.read_config(checkpoint)
+    weights = without_prefix(checkpoints.read_weights(checkpoint / checkpoints.WEIGHTS, mmap=True)["state_dict"])
+    if config.get("lora"):
+        model = _adapted(checkpoint, config)
+        check_trained_state(model, weights)
+        model.load_state_dict(weights, strict=False)
+        return model.eval()
+    classes: Any = AutoModelForCausalLM
+    model_config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    model = classes.from_config(model_config, attn_implementation=NAME, dtype=torch.float32, trust_remote_code=False)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise FormatError(f"{checkpoint}: the weights do not fit config.json: {reason}") from None
+    return model.eval()
+
+
+def _adapted(checkpoint: Path, config: Mapping[str, Any]) -> Any:
+    """The model that a run with adapters began with, and fresh adapters."""
+    if not isinstance(config["model"], str):
+        raise ConfigError(f"{checkpoint}: its adapters belong to a model with drawn weights, which is nowhere on disk")
+    dtype = torch.bfloat16 if config["precision"] == "bf16-true" else torch.float32
+    model, seed = load_model(config["model"], dtype=dtype), config["train"]["seed"]
+    num_rows = checkpoints.read_json(checkpoint, checkpoints.MODEL_CONFIG).get("vocab_size", 0)
+    resize_embeddings(model, num_rows, seed=seed)
+    if fingerprint(model) != checkpoints.read_state(checkpoint).base:
+        raise ConfigError(f"{checkpoint}: its adapters belong to other weights than {config['model']} has now")
+    add_adapters(model.float(), LoraConfig.model_validate(config["lora"]), seed=seed)
+    return model
