@@ -12,19 +12,23 @@ from llmt_train.liger import use_liger
 from llmt_train.recompute import recompute
 
 
-def resize_embeddings(model: Any, num_rows: int, *, seed: int) -> None:
-    """Give a model more embedding rows (and logits), drawn around the mean of those it has (Hewitt 2021).
+def resize_embeddings(model: Any, num_rows: int) -> None:
+    """Give a model more embedding rows, and logits: each the mean of those that it has (Hewitt 2021).
+
+    The mean is rounded to bf16, so that it is the same bits on every machine: checkpoints of adapters do not hold it.
 
     Args:
         model: of transformers; its config follows.
         num_rows: wanted at least; a model that has as many stays as it is.
-        seed: of the new rows; torch's own generator is left as it was.
     """
-    if model.get_input_embeddings().weight.shape[0] >= num_rows:
+    before = model.get_input_embeddings().weight.shape[0]
+    if before >= num_rows:
         return
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model.resize_token_embeddings(num_rows, mean_resizing=True)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        model.resize_token_embeddings(num_rows, mean_resizing=False)
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            for parameter in layer.parameters():
+                parameter[before:] = parameter[:before].double().mean(0).bfloat16()
 
 
 def choose_trained(model: Any, train: TrainConfig, lora: LoraConfig | None) -> None:

@@ -91,7 +91,7 @@ def open_model(config: RunConfig, dataset: Dataset) -> Any:
     dtype = torch.bfloat16 if config.precision == "bf16-true" else torch.float32
     model = load_model(spec, dtype=dtype, seed=config.train.seed)
     if config.train.resize_embeddings:
-        resize_embeddings(model, max_id + 1, seed=config.train.seed)
+        resize_embeddings(model, max_id + 1)
     check_max_id(max_id, model.get_input_embeddings().weight.shape[0], place)
     for split in splits_of(dataset).values():
         check_positions(model.config, split, place)

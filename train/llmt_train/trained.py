@@ -49,10 +49,10 @@ def _adapted(checkpoint: Path, config: Mapping[str, Any]) -> Any:
     if not isinstance(config["model"], str):
         raise ConfigError(f"{checkpoint}: its adapters belong to a model with drawn weights, which is nowhere on disk")
     dtype = torch.bfloat16 if config["precision"] == "bf16-true" else torch.float32
-    model, seed = load_model(config["model"], dtype=dtype), config["train"]["seed"]
+    model = load_model(config["model"], dtype=dtype)
     num_rows = checkpoints.read_json(checkpoint, checkpoints.MODEL_CONFIG).get("vocab_size", 0)
-    resize_embeddings(model, num_rows, seed=seed)
+    resize_embeddings(model, num_rows)
     if fingerprint(model) != checkpoints.read_state(checkpoint).base:
         raise ConfigError(f"{checkpoint}: its adapters belong to other weights than {config['model']} has now")
-    add_adapters(model.float(), LoraConfig.model_validate(config["lora"]), seed=seed)
+    add_adapters(model.float(), LoraConfig.model_validate(config["lora"]), seed=0)
     return model
