@@ -74,17 +74,30 @@ def test_every_side_of_every_pair_has_the_sum_that_plain_transformers_gives_it_a
     assert result.pairs == result.computed == sum(split.pairs for split in dataset.manifest.splits.values())
 
 
-def test_training_with_it_follows_the_curve_of_the_live_reference(data):
-    precompute(make_config(data))
-    fit(make_config(data))
-    fit(make_config(data, output=str(data.with_name("live")), dpo={"reference": "model"}))
-    mine, live = (
-        [record["loss"] for record in read_metrics(data.with_name(name)) if "loss" in record]
-        for name in ("run", "live")
-    )
-    assert mine == pytest.approx(live, abs=1e-6)
-    assert mine[0] == pytest.approx(math.log(2), abs=1e-6)
-    assert len(set(mine)) == 6
+@pytest.mark.parametrize(
+    ("settings", "first"),
+    [
+        ({}, math.log(2)),
+        ({"label_smoothing": 0.2, "length_normalised": True}, math.log(2)),
+        ({"loss": "robust", "label_smoothing": 0.2, "beta": 0.5}, math.log(2)),
+        ({"loss": "ipo", "beta": 0.5}, 1.0),
+    ],
+)
+def test_both_references_start_where_the_policy_is_and_give_the_same_curve(data, settings, first):
+    curves = []
+    for reference in ("model", "precomputed"):
+        changes = {"output": str(data.with_name(reference)), "dpo": settings | {"reference": reference}}
+        config = make_config(data, train={"steps": 9}, **changes)
+        if reference == "precomputed":
+            precompute(config)
+        fit(config)
+        records = read_metrics(data.with_name(reference))
+        assert records[0]["step"] == 0
+        assert records[0]["eval"]["loss"] == pytest.approx(first, abs=1e-6)
+        curves.append([record["loss"] for record in records if "loss" in record])
+        assert curves[-1][0] == pytest.approx(first, abs=1e-6)
+    assert curves[0] == pytest.approx(curves[1], abs=1e-6)
+    assert len(set(curves[0])) == 9
 
 
 def test_a_finished_overlay_is_not_computed_again(data):
