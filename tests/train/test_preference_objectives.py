@@ -4,17 +4,19 @@ from collections.abc import Callable, Mapping
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from train import plain
 from train.plain import TOLERANCE, model_of, plain_of
-from train.rows import NUM_SOURCES, Row, count, pair_rows, step_of
+from train.rows import NUM_SOURCES, Row, Segment, count, pack, pair_rows, step_of
 from train.steps import MARKS, gradient_error, make_module, run, task_of
 
 from llmt_train.batch import PackedBatch
 from llmt_train.callbacks import with_perplexity
-from llmt_train.head import find_head
+from llmt_train.head import Scores, find_head
+from llmt_train.objectives import share
 from llmt_train.reference import live_reference
 
 pytestmark = MARKS
@@ -108,3 +110,48 @@ def test_evaluation_by_source_is_that_of_the_sources_padded_pairs(name, settings
         counts = {key: measured.pop(key) for key in set(measured) & {"pairs", "chosen_targets", "chosen_labels"}}
         assert measured == pytest.approx(expected, rel=1e-10)
         assert counts == {key: count(rows)[key] for key in counts} != {}
+
+
+# Log-probabilities of the targets of both sides of three pairs, and their sums under a reference.
+CHOSEN = [[-0.5, -1.25, -0.1], [-3.0], [-0.01, -0.02]]
+REJECTED = [[-2.0, -0.75], [-0.2, -0.3, -0.4, -4.0], [-1.5, -0.6, -0.9]]
+REFERENCE = [[-2.5, -2.0], [-1.5, -6.0], [-1.0, -2.75]]
+SMOOTHED = {"label_smoothing": 0.2}
+LENGTH_NORMALISED = {"length_normalised": True}
+TRL = [
+    ("sigmoid", "dpo", {}, 0.7297267024700872),
+    ("robust", "dpo", {"loss": "robust", **SMOOTHED}, 0.7290600358034206),
+    ("ipo", "dpo", {"loss": "ipo", **LENGTH_NORMALISED}, 4.735676851851852),
+    ("sigmoid_norm", "dpo", LENGTH_NORMALISED, 0.7380958538396256),
+    ("sigmoid and 0.5 sft", "dpo", {"sft_weight": 0.5}, 1.1363933691367538),
+    ("odds_ratio_loss", "orpo", {}, 0.24526597559452057),
+]
+"""TRL's name, ours, our settings, and the mean loss over the three pairs that TRL gave."""
+
+
+def the_three_pairs() -> tuple[Scores, PackedBatch]:
+    sides = [side for pair in zip(CHOSEN, REJECTED, strict=True) for side in pair]
+    references = [value for pair in REFERENCE for value in pair]
+    segments = [
+        Segment(np.zeros(1 + len(side), np.int64), np.arange(1 + len(side)) > 0, 0, reference)
+        for side, reference in zip(sides, references, strict=True)
+    ]
+    rows = [Row(tuple(segments), ((0, 1), (2, 3), (4, 5)))]
+    batch = pack(rows, [0], count(rows), with_reference=True)
+    logps = torch.zeros(batch.labels.shape[1], dtype=torch.float64)
+    logps[batch.label_places] = torch.tensor([logp for side in sides for logp in side], dtype=torch.float64)
+    return Scores(logps, logps, None), batch
+
+
+@pytest.mark.parametrize(("name", "settings", "golden"), [case[1:] for case in TRL], ids=[case[0] for case in TRL])
+def test_losses_are_those_that_trl_gave(name, settings, golden):
+    """The numbers are TRL 1.16's, with transformers 5.23 and torch 2.13, beta 0.3 and label_smoothing 0.2.
+
+    `DPOTrainer._compute_loss` got these log-probabilities, padded, from a stand-in for the model, and the references as
+    precomputed ones; its ``sigmoid`` does not read label_smoothing, and its ``ipo`` is normalised by length.
+    `ORPOTrainer.odds_ratio_loss` got their means, which it rounds to fp32.
+    """
+    scores, batch = the_three_pairs()
+    loss = task_of(name, {"beta": 0.3, **settings}).objective(scores, batch)["loss"]
+    parts = loss if name == "dpo" else loss[1:]  # without ORPO's likelihood
+    assert share(parts, batch.denominators).item() == pytest.approx(golden, rel=1e-14 if name == "dpo" else 1e-7)
