@@ -117,6 +117,13 @@ def test_any_split_and_any_order_of_rows_give_the_same_measures(name, data):
     assert split == pytest.approx(whole, rel=1e-12)
 
 
+def test_labels_of_prompts_change_no_likelihood_of_answers():
+    """A batch may have more labels than targets."""
+    rows = pair_rows()
+    bare, labelled = (step_of(rows, [len(rows)], with_chosen_prompts=labelled) for labelled in (False, True))
+    assert measures_of("orpo", {}, labelled) == pytest.approx(measures_of("orpo", {}, bare), rel=1e-12)
+
+
 DIGITS = 350
 """As many as 1 - exp(-700) and exp(-1e-300) need."""
 

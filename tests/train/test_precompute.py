@@ -74,6 +74,23 @@ def test_every_side_of_every_pair_has_the_sum_that_plain_transformers_gives_it_a
     assert result.pairs == result.computed == sum(split.pairs for split in dataset.manifest.splits.values())
 
 
+def both_curves(data: Path, settings: dict, **changes) -> list[list[dict]]:
+    """The records of two runs, with a live reference and with a precomputed one."""
+    curves = []
+    for reference in ("model", "precomputed"):
+        output, dpo = data.with_name(reference), settings | {"reference": reference}
+        config = make_config(data, output=str(output), dpo=dpo, train={"steps": 9}, **changes)
+        if reference == "precomputed":
+            precompute(config)
+        fit(config)
+        curves.append(read_metrics(output))
+    return curves
+
+
+def losses_of(records: list[dict]) -> list[float]:
+    return [record["loss"] for record in records if "loss" in record]
+
+
 @pytest.mark.parametrize(
     ("settings", "first"),
     [
@@ -84,20 +101,25 @@ def test_every_side_of_every_pair_has_the_sum_that_plain_transformers_gives_it_a
     ],
 )
 def test_both_references_start_where_the_policy_is_and_give_the_same_curve(data, settings, first):
-    curves = []
-    for reference in ("model", "precomputed"):
-        changes = {"output": str(data.with_name(reference)), "dpo": settings | {"reference": reference}}
-        config = make_config(data, train={"steps": 9}, **changes)
-        if reference == "precomputed":
-            precompute(config)
-        fit(config)
-        records = read_metrics(data.with_name(reference))
-        assert records[0]["step"] == 0
-        assert records[0]["eval"]["loss"] == pytest.approx(first, abs=1e-6)
-        curves.append([record["loss"] for record in records if "loss" in record])
-        assert curves[-1][0] == pytest.approx(first, abs=1e-6)
-    assert curves[0] == pytest.approx(curves[1], abs=1e-6)
-    assert len(set(curves[0])) == 9
+    curves = both_curves(data, settings)
+    for records in curves:
+        assert (records[0]["step"], records[0]["eval"]["loss"]) == (0, pytest.approx(first, abs=1e-6))
+        assert losses_of(records)[0] == pytest.approx(first, abs=1e-6)
+        assert len(set(losses_of(records))) == 9
+    assert losses_of(curves[0]) == pytest.approx(losses_of(curves[1]), abs=1e-6)
+
+
+def test_in_bf16_too_policy_and_reference_begin_equal(data):
+    for records in both_curves(data, {}, precision="bf16"):
+        assert losses_of(records)[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_a_live_reference_has_no_dropout_and_takes_none_from_the_policy(data):
+    """What the policy drops is a function of seed and step, whatever else runs before it."""
+    live, precomputed = both_curves(data, {}, model={"from_config": LLAMA | {"attention_dropout": 0.2}})
+    assert losses_of(live) == pytest.approx(losses_of(precomputed), abs=1e-6)
+    assert live[0]["eval"]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses_of(live)[0] != pytest.approx(math.log(2), abs=1e-3)
 
 
 def test_a_finished_overlay_is_not_computed_again(data):
