@@ -1,24 +1,23 @@
 """A step's gradient does not depend on how the step is split: through Lightning's own loop."""
 
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
 import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from train.plain import TOLERANCE, model_of
+from train.rows import Row, chat_rows, document_rows, pair_rows, step_of
+from train.steps import MARKS, Recorder, Stream, gradient_error, make_module, run, task_of
 from train.tiny_models import FAMILIES, VOCAB, packed, tiny
 
 from llmt_shared.segments import Spans
 from llmt_train.batch import collate
 from llmt_train.head import find_head
-from llmt_train.module import TrainModule
-from llmt_train.objectives import clm
-from llmt_train.tasks import Task
 
-pytestmark = [
-    # Lightning finds a validation_step without validation data; training alone is what these tests run.
-    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
-    # Lightning 2.6 still asks torch's pytree for a class that torch 2.13 deprecates.
-    pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated:FutureWarning"),
-]
+pytestmark = MARKS
 
 LENGTH = 24
 ROWS = [[24], [5, 7], [1, 1, 1], [10, 14], [2], [20, 3], [12, 12]]
@@ -42,58 +41,6 @@ def micro_batches(num_micro, targets):
 TARGETS = float(sum(max(n - 1, 0) for row in ROWS for n in row))
 
 
-class Stream:
-    """Micro-batches as one plain iterable: Lightning takes a list for a collection of loaders."""
-
-    def __init__(self, batches):
-        self.batches = batches
-
-    def __iter__(self):
-        return iter(self.batches)
-
-
-class Recorder(pl.Callback):
-    """What Lightning is about to step with."""
-
-    def __init__(self):
-        self.gradients, self.losses = [], []
-
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.gradients.append({name: p.grad.clone() for name, p in pl_module.model.named_parameters()})
-        self.losses.append(pl_module.step_measures()["loss"])
-
-
-def make_module(model, seed=7, lr=0.0, **keywords):
-    return TrainModule(
-        model,
-        keywords.pop("task", Task(clm, clm, is_uniform=True)),
-        lambda m: torch.optim.SGD(m.parameters(), lr=lr),
-        lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0),
-        head=keywords.pop("head", find_head(model)),
-        seed=seed,
-        **keywords,
-    )
-
-
-def run(module, batches, accumulation, steps=1, **keywords):
-    recorder = Recorder()
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_steps=steps,
-        max_epochs=-1,
-        accumulate_grad_batches=accumulation,
-        callbacks=[recorder],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **keywords,
-    )
-    trainer.fit(module, Stream(batches))
-    return recorder
-
-
 def full_batch(model, batches):
     """Plain autograd on the mean over all targets of all rows, without Lightning and without our head."""
     total = 0
@@ -104,12 +51,6 @@ def full_batch(model, batches):
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     return (total / TARGETS).item(), gradients
-
-
-def gradient_error(got, wanted):
-    """The largest over parameters of |g - g'| / max(|g|, 1e-3 of the largest norm), in 2-norms."""
-    floor = 1e-3 * max(g.norm() for g in wanted.values())
-    return max(((got[name] - g).norm() / torch.maximum(g.norm(), floor)).item() for name, g in wanted.items())
 
 
 # In fp64 only families that compute in it throughout: Gemma's norms sum the gradient of their weight in fp32.
@@ -172,6 +113,68 @@ def test_spans_and_accumulation_agree_with_the_full_batch():
     for batches in ([whole], halves):
         results.append(run(make_module(model), batches, len(batches)))
     assert gradient_error(results[1].gradients[0], results[0].gradients[0]) <= 1e-10
+
+
+CASES: dict[str, tuple[str, dict[str, Any], list[Row]]] = {
+    "clm": ("pretrain", {}, document_rows()),
+    "clm with spans": ("sft", {}, chat_rows()),
+    "clm with z-loss and smoothing": ("sft", {"z_loss": 0.01, "label_smoothing": 0.1}, chat_rows()),
+    "clm with noise": ("sft", {"neftune": 5}, chat_rows()),
+    "clm with noise, z-loss": ("pretrain", {"neftune": 5, "z_loss": 0.01}, document_rows()),
+    "dpo": ("dpo", {}, pair_rows()),
+    "dpo, conservative": ("dpo", {"label_smoothing": 0.2}, pair_rows()),
+    "dpo, robust": ("dpo", {"loss": "robust", "label_smoothing": 0.2}, pair_rows()),
+    "dpo, ipo": ("dpo", {"loss": "ipo"}, pair_rows()),
+    "dpo, length-normalised": ("dpo", {"length_normalised": True}, pair_rows()),
+    "dpo with sft": ("dpo", {"sft_weight": 0.5}, pair_rows()),
+    "orpo": ("orpo", {}, pair_rows()),
+    "orpo, nll on all": ("orpo", {"nll_on": "all"}, pair_rows()),
+}
+"""Task, settings, and rows with very unequal numbers of targets and pairs."""
+
+
+def take_step(name: str, dtype: torch.dtype, sizes: list[int], order: list[int] | None = None, **keywords) -> Recorder:
+    task, settings, rows = CASES[name]
+    how = {
+        "all_targets": task == "pretrain",
+        "with_reference": task == "dpo",
+        "with_chosen_prompts": settings.get("nll_on") == "all",
+    }
+    module = make_module(model_of("llama", dtype), task=task_of(task, settings), **keywords)
+    return run(module, step_of(rows, sizes, order=order, **how), len(sizes))
+
+
+@cache
+def whole_step(name: str, dtype: torch.dtype) -> Recorder:
+    return take_step(name, dtype, [len(CASES[name][2])])
+
+
+SPLITS: dict[str, Callable[[int], tuple[list[int], list[int]]]] = {
+    "one row each, and padding": lambda n: ([1] * n + [0], list(range(n))),
+    "unequal": lambda n: ([3, n - 3], list(range(n))),
+    "backwards": lambda n: ([n], list(range(n))[::-1]),
+    "mixed, unequal, padding between": lambda n: ([2, 0, n - 3, 1], np.random.default_rng(0).permutation(n).tolist()),
+}
+"""Rows of each micro-batch, and the order of the n rows in them."""
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("name", CASES)
+def test_no_objective_depends_on_how_a_steps_rows_are_split_or_ordered(name, split, dtype):
+    """A row that moves to another micro-batch keeps its place in the run's order, of which its noise is a function."""
+    sizes, order = SPLITS[split](len(CASES[name][2]))
+    whole, recorder = whole_step(name, dtype), take_step(name, dtype, sizes, order)
+    assert len(recorder.gradients) == 1
+    assert gradient_error(recorder.gradients[0], whole.gradients[0]) <= TOLERANCE[dtype]
+    wanted = pytest.approx(whole.measures[0], rel=TOLERANCE[dtype], abs=TOLERANCE[dtype])
+    assert recorder.measures == [wanted]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_models_own_logits_give_every_objective_the_same_gradients(name):
+    recorder = take_step(name, torch.float64, [2, len(CASES[name][2]) - 2], head=None)
+    assert gradient_error(recorder.gradients[0], whole_step(name, torch.float64).gradients[0]) <= 1e-10
 
 
 DROPOUT = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}

@@ -74,17 +74,52 @@ def test_every_side_of_every_pair_has_the_sum_that_plain_transformers_gives_it_a
     assert result.pairs == result.computed == sum(split.pairs for split in dataset.manifest.splits.values())
 
 
-def test_training_with_it_follows_the_curve_of_the_live_reference(data):
-    precompute(make_config(data))
-    fit(make_config(data))
-    fit(make_config(data, output=str(data.with_name("live")), dpo={"reference": "model"}))
-    mine, live = (
-        [record["loss"] for record in read_metrics(data.with_name(name)) if "loss" in record]
-        for name in ("run", "live")
-    )
-    assert mine == pytest.approx(live, abs=1e-6)
-    assert mine[0] == pytest.approx(math.log(2), abs=1e-6)
-    assert len(set(mine)) == 6
+def both_curves(data: Path, settings: dict, **changes) -> list[list[dict]]:
+    """The records of two runs, with a live reference and with a precomputed one."""
+    curves = []
+    for reference in ("model", "precomputed"):
+        output, dpo = data.with_name(reference), settings | {"reference": reference}
+        config = make_config(data, output=str(output), dpo=dpo, train={"steps": 9}, **changes)
+        if reference == "precomputed":
+            precompute(config)
+        fit(config)
+        curves.append(read_metrics(output))
+    return curves
+
+
+def losses_of(records: list[dict]) -> list[float]:
+    return [record["loss"] for record in records if "loss" in record]
+
+
+@pytest.mark.parametrize(
+    ("settings", "first"),
+    [
+        ({}, math.log(2)),
+        ({"label_smoothing": 0.2, "length_normalised": True}, math.log(2)),
+        ({"loss": "robust", "label_smoothing": 0.2, "beta": 0.5}, math.log(2)),
+        ({"loss": "ipo", "beta": 0.5}, 1.0),
+    ],
+)
+def test_both_references_start_where_the_policy_is_and_give_the_same_curve(data, settings, first):
+    curves = both_curves(data, settings)
+    for records in curves:
+        assert (records[0]["step"], records[0]["eval"]["loss"]) == (0, pytest.approx(first, abs=1e-6))
+        assert losses_of(records)[0] == pytest.approx(first, abs=1e-6)
+        assert len(set(losses_of(records))) == 9
+    assert losses_of(curves[0]) == pytest.approx(losses_of(curves[1]), abs=1e-6)
+
+
+def test_in_bf16_too_policy_and_reference_begin_equal(data):
+    for records in both_curves(data, {}, precision="bf16"):
+        assert losses_of(records)[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_a_live_reference_has_no_dropout_and_takes_none_from_the_policy(data):
+    """What the policy drops is a function of seed and step, whatever else runs before it."""
+    live, precomputed = both_curves(data, {}, model={"from_config": LLAMA | {"attention_dropout": 0.2}})
+    assert losses_of(live) == pytest.approx(losses_of(precomputed), abs=1e-6)
+    assert live[0]["eval"]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses_of(live)[0] != pytest.approx(math.log(2), abs=1e-3)
 
 
 def test_a_finished_overlay_is_not_computed_again(data):

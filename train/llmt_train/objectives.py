@@ -84,7 +84,8 @@ def dpo(
         beta: how strongly the policy is held to the reference; 1 / (2 beta) is the margin that ``ipo`` aims at.
         label_smoothing: share of pairs that are expected to be the wrong way round. With ``sigmoid`` this is
             conservative DPO (Mitchell 2023); ``ipo`` has no use for it.
-        length_normalised: divide each side's log-ratio by its number of targets.
+        length_normalised: divide each side's log-ratio by its number of targets, as TRL's ``ipo`` and
+            ``sigmoid_norm`` do.
         sft_weight: factor of the mean negative log-likelihood of the chosen targets, added to the loss (Pang et al.
             2024, arXiv:2404.19733); 0 is none.
     """

@@ -34,7 +34,7 @@ class DpoConfig(StrictModel):
     label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0
     """Share of pairs that are expected to be the wrong way round."""
     length_normalised: bool = False
-    """Divide each side's log-ratio by its number of targets."""
+    """Divide each side's log-ratio by its number of targets, as TRL's ipo and sigmoid_norm do."""
     reference: Literal["model", "precomputed", "none"] = "model"
     """model: the model as it is loaded, kept beside the one that trains (with `lora`, the same without its adapters).
     precomputed: what `llmt-train ref` wrote beside the dataset. none: reference-free."""
