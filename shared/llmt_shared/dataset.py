@@ -9,19 +9,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmt_shared.errors import FormatError
-from llmt_shared.manifest import Manifest, read_manifest, wrong_files
+from llmt_shared.manifest import Manifest, TokenizerEntry, read_manifest, wrong_files
 from llmt_shared.segments import Spans, expand
 
 CODECS = [
     {"name": "bytes", "configuration": {"endian": "little"}},
     {"name": "crc32c"},
 ]
+_BLOCK = 1 << 20  # elements that are looked at together
 _MAX_OPEN = 128  # mapped chunk files per array; a map costs a file descriptor and a few kB
 
 
@@ -148,6 +149,10 @@ class Split:
         """[R, L] in the dtype on disk; padding is 0."""
         return self._tokens.take(rows)
 
+    def targets(self, rows: Sequence[int] | NDArray[np.integer]) -> NDArray[np.uint32]:
+        """[R] labels that count in the loss."""
+        return self.row_targets.take(rows)
+
     def segments(self, rows: Sequence[int] | NDArray[np.integer]) -> SegmentTable:
         """Return the segments of some rows, in the order of ``rows``."""
         borders = self._borders(self._row_offsets, rows)
@@ -173,6 +178,12 @@ class Split:
         numbers = _parts(segments, borders).astype(np.int64)
         return PairTable(per_row, numbers + np.repeat(shift, per_row)[:, None], numbers, chosen_targets.take(rows))
 
+    def longest_segment(self) -> int:
+        """Return the tokens of the longest segment."""
+        lengths = self._columns[0]
+        blocks = (lengths[first : first + _BLOCK] for first in range(0, len(lengths), _BLOCK))
+        return max((int(block.max()) for block in blocks), default=0)
+
     def _borders(self, offsets: ChunkedArray, rows: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int64]:
         """[R, 2] first and last of what each row owns."""
         borders = [offsets[int(row) : int(row) + 2] for row in rows]
@@ -192,6 +203,16 @@ class Dataset:
     train: Split
     validation: Split | None
     """``None`` where nothing was held out."""
+
+    @property
+    def kind(self) -> Literal["pretrain", "sft", "preference"]:
+        """What a document is: text, a chat, or a pair of them."""
+        return self.manifest.kind
+
+    @property
+    def tokenizer(self) -> TokenizerEntry:
+        """What training must know of the tokenizer."""
+        return self.manifest.tokenizer
 
     @property
     def sources(self) -> tuple[str, ...]:

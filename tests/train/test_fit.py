@@ -12,6 +12,7 @@ import torch
 from train.interrupted import curve, interrupt
 from train.tiny_dataset import WORDS, write_dataset
 
+from llmt_shared.dataset import Split
 from llmt_shared.errors import ConfigError, DataError, FormatError, LlmtError, Stopped
 from llmt_train import checkpoints
 from llmt_train.config import RunConfig
@@ -338,9 +339,7 @@ def test_a_finished_run_whose_metrics_have_gone_is_still_finished(data: Path, tm
 
 
 def test_a_held_out_document_needs_its_positions_too(tmp_path: Path, monkeypatch) -> None:
-    from llmt_train import positions
-
     data = write_dataset(tmp_path / "data")
-    monkeypatch.setattr(positions, "longest_segment", lambda split: 12 if split.path.name == "validation" else 4)
+    monkeypatch.setattr(Split, "longest_segment", lambda split: 12 if split.path.name == "validation" else 4)
     keys = LLAMA | {"max_position_embeddings": 8}
     assert "up to 12 tokens" in refused(make_config(data, tmp_path / "run", {"from_config": keys}))

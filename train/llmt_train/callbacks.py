@@ -176,10 +176,11 @@ def _not_finite(setup: Setup, step: int, norm: float, parts: list[StepPart]) -> 
     table = setup.dataset.train.segments(blamed[:8])
     pairs = zip(table.source.tolist(), table.document.tolist(), strict=True)
     documents = dict.fromkeys(f"{setup.dataset.sources[source]}:{document}" for source, document in pairs)
+    is_on_disk = setup.dataset.tokenizer_dir is not None
+    look = f"`llmt-prep inspect {setup.dataset.path} --row {blamed[0]}` shows a row; " if is_on_disk else ""
     return (
         f"step {step + 1}: {what}; stopped before it reached the weights. Rows {_shorten(blamed)}; documents "
-        f"{_shorten(list(documents))}. `llmt-prep inspect {setup.dataset.path} --row {blamed[0]}` shows a row; "
-        f"a lower optim.lr or a longer optim.warmup mends most such runs"
+        f"{_shorten(list(documents))}. {look}a lower optim.lr or a longer optim.warmup mends most such runs"
     )
 
 

@@ -13,12 +13,12 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from llmt_shared.dataset import Split
 from llmt_shared.errors import ConfigError, DataError
 from llmt_shared.order import endless_rows
 from llmt_shared.segments import count_targets
 from llmt_train.batch import PackedBatch, collate
 from llmt_train.config import BatchConfig, TrainConfig
+from llmt_train.rows import AnySplit
 
 Item = TypeVar("Item")
 
@@ -53,7 +53,7 @@ class Plan(NamedTuple):
     seed: int
 
 
-def plan_run(split: Split, batch: BatchConfig, train: TrainConfig) -> Plan:
+def plan_run(split: AnySplit, batch: BatchConfig, train: TrainConfig) -> Plan:
     """Work out how a run's rows fall into steps.
 
     Raises:
@@ -90,8 +90,9 @@ def _total_rows(train: TrainConfig, num_rows: int, rows_per_step: int) -> int:
     return max(1, round(train.epochs * num_rows))
 
 
-def _has_targets(split: Split, block: int = 1 << 20) -> bool:
-    return any(split.row_targets[first : first + block].any() for first in range(0, split.num_rows, block))
+def _has_targets(split: AnySplit, block: int = 1024) -> bool:
+    blocks = (np.arange(first, min(first + block, split.num_rows)) for first in range(0, split.num_rows, block))
+    return any(split.targets(rows).any() for rows in blocks)
 
 
 def rows_consumed(plan: Plan, step: int) -> int:
@@ -106,7 +107,7 @@ def rows_of_step(plan: Plan, step: int) -> NDArray[np.int64]:
 
 
 def train_batches(
-    split: Split, plan: Plan, first_step: int = 0, pairing: Pairing = NO_PAIRING
+    split: AnySplit, plan: Plan, first_step: int = 0, pairing: Pairing = NO_PAIRING
 ) -> Iterator[PackedBatch]:
     """Yield the micro-batches of the steps from ``first_step`` to the run's last: ``accumulation`` for each step."""
     for step in range(first_step, plan.total_steps):
@@ -118,20 +119,20 @@ def train_batches(
             yield read_batch(split, part, denominators, pairing, first + start)
 
 
-def eval_batches(split: Split, micro_rows: int, pairing: Pairing = NO_PAIRING) -> Iterator[PackedBatch]:
+def eval_batches(split: AnySplit, micro_rows: int, pairing: Pairing = NO_PAIRING) -> Iterator[PackedBatch]:
     """Yield every row of a split once, in order; an evaluation counts as it goes, so there are no denominators."""
     for first in range(0, split.num_rows, micro_rows):
         rows = np.arange(first, min(first + micro_rows, split.num_rows))
         yield read_batch(split, rows, {}, pairing)
 
 
-def count(split: Split, rows: NDArray[np.int64]) -> dict[str, float]:
+def count(split: AnySplit, rows: NDArray[np.int64]) -> dict[str, float]:
     """Return the denominators of a step that takes these rows: how many there are of what a loss may divide by.
 
     ``targets``; for preference data also ``pairs``, ``chosen_targets`` (on the chosen sides) and ``chosen_labels`` (on
     the chosen sides, prompts included). A step without any has the sum 0; dividing by 1 keeps it 0.
     """
-    counts = {"targets": int(split.row_targets.take(rows).sum(dtype=np.int64))}
+    counts = {"targets": int(split.targets(rows).sum(dtype=np.int64))}
     table = split.pairs(rows)
     if table is not None:
         counts["pairs"] = len(table.segments)
@@ -141,7 +142,7 @@ def count(split: Split, rows: NDArray[np.int64]) -> dict[str, float]:
 
 
 def read_batch(
-    split: Split,
+    split: AnySplit,
     rows: NDArray[np.int64],
     denominators: dict[str, float],
     pairing: Pairing = NO_PAIRING,
@@ -174,7 +175,7 @@ def read_batch(
     )
 
 
-def _padding(split: Split, denominators: dict[str, float]) -> PackedBatch:
+def _padding(split: AnySplit, denominators: dict[str, float]) -> PackedBatch:
     empty, no_pairs = np.empty(0, np.int64), np.empty((0, 2), np.int64)
     tokens = np.zeros((1, split.length), np.int64)
     has_pairs = "pairs" in denominators

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,11 +56,14 @@ def export(
         force: replace an earlier export.
 
     Raises:
-        ConfigError: ``directory`` holds something; the run has no adapters, or trained more than them.
+        ConfigError: ``directory`` holds something; the run has no adapters, or trained more than them; its rows were
+            synthetic.
         FormatError: the checkpoint is damaged, or the check failed; ``directory`` is then not written.
         DataError: the weights cannot be written, as on a full disk.
     """
     checkpoint = checkpoints.find_checkpoint(source)
+    if isinstance(checkpoints.read_config(checkpoint).get("data"), Mapping):
+        raise ConfigError(f"{checkpoint}: learned synthetic rows, which have no tokenizer: there is nothing to export")
     _check_target(directory, force)
     temporary = directory.with_name(f".{directory.name}.partial")
     with quiet_transformers():

@@ -112,7 +112,8 @@ def _state(setup: Setup, step: int) -> checkpoints.State:
 
 def _train(setup: Setup, stop: StopRequest, start: Path | None, step: int) -> None:
     config, plan = setup.config, setup.plan
-    checkpoints.copy_files(setup.dataset.tokenizer_dir, config.output / "tokenizer")
+    if setup.dataset.tokenizer_dir is not None:
+        checkpoints.copy_files(setup.dataset.tokenizer_dir, config.output / "tokenizer")
     with ExitStack() as stack:
         metrics = MetricsFile(config.output, step)
         stack.callback(metrics.close)

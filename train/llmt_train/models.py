@@ -45,6 +45,21 @@ def load_model(spec: str | Mapping[str, Any], *, dtype: torch.dtype = torch.floa
     return model.train()
 
 
+def vocab_size(spec: str | Mapping[str, Any]) -> int:
+    """Return how many tokens a model knows, without loading its weights; a config that does not say has its family's.
+
+    Raises:
+        ConfigError: as `load_model`.
+    """
+    if not isinstance(spec, str):
+        return int(_config(dict(spec["from_config"])).get_text_config().vocab_size)
+    try:
+        config = AutoConfig.from_pretrained(str(Path(spec).expanduser()), trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"model: {spec}: its config.json cannot be read: {_first_line(error)}") from error
+    return int(config.get_text_config().vocab_size)
+
+
 def forward_hidden(model: Any, batch: PackedBatch, segments: Segments | None = None) -> Tensor:
     """Return what the output layer reads: the decoder's last hidden states, [N, H].
 

@@ -2,16 +2,14 @@
 
 from transformers import PretrainedConfig
 
-from llmt_shared.dataset import ChunkedArray, Split
 from llmt_shared.errors import ConfigError
-
-_BLOCK = 1 << 20
+from llmt_train.rows import AnySplit
 
 _BATCH_DEPENDENT = ("longrope", "dynamic")
 """Rotary variants of transformers whose factors are switched by the longest position that they are given."""
 
 
-def check_positions(config: PretrainedConfig, split: Split, place: str) -> None:
+def check_positions(config: PretrainedConfig, split: AnySplit, place: str) -> None:
     """Refuse segments longer than the model's positions.
 
     Positions restart with every segment, so with rotary positions only the longest segment counts. A table of
@@ -25,7 +23,7 @@ def check_positions(config: PretrainedConfig, split: Split, place: str) -> None:
     if limit is None or split.length <= limit:
         return
     is_rotary = getattr(config, "rope_parameters", None) is not None
-    needed, what = (longest_segment(split), "segments") if is_rotary else (split.length, "rows")
+    needed, what = (split.longest_segment(), "segments") if is_rotary else (split.length, "rows")
     if needed > limit:
         raise ConfigError(
             f"{place}: the model has {limit} positions (max_position_embeddings), but the dataset's {what} are up to "
@@ -33,21 +31,15 @@ def check_positions(config: PretrainedConfig, split: Split, place: str) -> None:
         )
 
 
-def _check_rope(config: PretrainedConfig, split: Split, place: str) -> None:
+def _check_rope(config: PretrainedConfig, split: AnySplit, place: str) -> None:
     """Refuse rotary factors that the longest position of a batch chooses: a long document would change a short one."""
     ropes = getattr(config, "rope_parameters", None) or {}
     for rope in (ropes, *(each for each in ropes.values() if isinstance(each, dict))):
         if rope.get("rope_type") not in _BATCH_DEPENDENT:
             continue
         original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-        if split.length > original and longest_segment(split) > original:
+        if split.length > original and split.longest_segment() > original:
             raise ConfigError(
                 f"{place}: rope_type {rope['rope_type']!r} changes for every document of a row when one is longer than "
                 f"{original} tokens, and the dataset's longest segment is; pack with sequence.length <= {original}"
             )
-
-
-def longest_segment(split: Split) -> int:
-    """Return the tokens of a split's longest segment."""
-    lengths = ChunkedArray(split.path / "segment_length")
-    return max((int(lengths[first : first + _BLOCK].max()) for first in range(0, len(lengths), _BLOCK)), default=0)

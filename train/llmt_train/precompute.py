@@ -4,19 +4,18 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from llmt_shared import durable
-from llmt_shared.dataset import Split
+from llmt_shared.dataset import Dataset
 from llmt_shared.errors import ConfigError, DataError, Stopped
 from llmt_shared.progress import stage
 from llmt_train.batch import PackedBatch
@@ -25,7 +24,8 @@ from llmt_train.data import Prefetched, read_batch
 from llmt_train.lock import locked
 from llmt_train.quiet import quiet_transformers
 from llmt_train.reference import IDENTITY, Identity, fingerprint, live_reference, overlay_path, read_identity
-from llmt_train.setup import check_model, device, identity, open_data, open_model, splits_of, uses_bf16
+from llmt_train.rows import AnySplit
+from llmt_train.setup import check_model, device, identity, in_precision, open_data, open_model, splits_of
 from llmt_train.stopping import StopRequest
 
 _BLOCK = 4096  # rows whose pairs are looked at together
@@ -60,6 +60,8 @@ def precompute(config: RunConfig, *, force: bool = False) -> PrecomputeResult:
     if config.task != "dpo":
         raise ConfigError(f"task: {config.task} has no reference; `llmt-train ref` is for task dpo")
     dataset, plan = open_data(config)
+    if not isinstance(dataset, Dataset):
+        raise ConfigError("data: synthetic rows lie nowhere, so nothing lies beside them; set `dpo.reference: model`")
     with ExitStack() as stack:
         stack.enter_context(quiet_transformers())
         stop = stack.enter_context(StopRequest())
@@ -71,12 +73,13 @@ def precompute(config: RunConfig, *, force: bool = False) -> PrecomputeResult:
         stack.enter_context(locked(folder, "wait for it"))
         _begin(folder, wanted, force)
         logps = live_reference(model, head, attention=config.attention, deterministic=config.train.deterministic)
-        in_precision = _in_precision(logps, uses_bf16(config))
-        computing = partial(_compute, logps=in_precision, micro_rows=plan.micro_rows, stop=stop)
-        splits = splits_of(dataset)
-        computed = sum(computing(split, folder / f"{name}.npy") for name, split in splits.items())
+        computing = partial(_compute, logps=_in_precision(logps, config), micro_rows=plan.micro_rows, stop=stop)
+        splits, entries = splits_of(dataset), dataset.manifest.splits
+        computed = sum(
+            computing(split, folder / f"{name}.npy", entries[name].segments) for name, split in splits.items()
+        )
         _finish(folder, wanted, list(splits))
-    pairs = sum(entry.pairs or 0 for entry in dataset.manifest.splits.values())
+    pairs = sum(entry.pairs or 0 for entry in entries.values())
     return PrecomputeResult(str(folder), pairs, computed)
 
 
@@ -108,9 +111,11 @@ def _finish(folder: Path, identity: Identity, names: list[str]) -> None:
     durable.write(folder / IDENTITY, complete.model_dump_json(indent=1))
 
 
-def _compute(split: Split, path: Path, *, logps: Logps, micro_rows: int, stop: StopRequest) -> int:
+def _compute(
+    split: AnySplit, path: Path, num_segments: int, *, logps: Logps, micro_rows: int, stop: StopRequest
+) -> int:
     """Fill in what is missing of a split; return the number of pairs computed."""
-    values = _open(path, split.num_segments)
+    values = _open(path, num_segments)
     rows = np.concatenate([np.empty(0, np.int64), *_missing(split, values)])
     parts = [rows[first : first + micro_rows] for first in range(0, len(rows), micro_rows)]
     batches = Prefetched(lambda: ((part, read_batch(split, part, {})) for part in parts))
@@ -146,7 +151,7 @@ def _open(path: Path, num_segments: int) -> Any:
     return np.load(path, mmap_mode="r+", allow_pickle=False)
 
 
-def _missing(split: Split, values: NDArray[np.float64]) -> Iterator[NDArray[np.int64]]:
+def _missing(split: AnySplit, values: NDArray[np.float64]) -> Iterator[NDArray[np.int64]]:
     """Rows with a pair that is not computed, block by block."""
     for first in range(0, split.num_rows, _BLOCK):
         rows = np.arange(first, min(first + _BLOCK, split.num_rows))
@@ -156,7 +161,7 @@ def _missing(split: Split, values: NDArray[np.float64]) -> Iterator[NDArray[np.i
         yield np.unique(np.repeat(rows, table.per_row)[is_missing])
 
 
-def _finite(logps: Tensor, split: Split, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+def _finite(logps: Tensor, split: AnySplit, rows: NDArray[np.int64]) -> NDArray[np.float64]:
     found: NDArray[np.float64] = logps.cpu().numpy()
     if not np.isfinite(found).all():
         raise DataError(
@@ -166,9 +171,9 @@ def _finite(logps: Tensor, split: Split, rows: NDArray[np.int64]) -> NDArray[np.
     return found
 
 
-def _in_precision(logps: Logps, bf16: bool) -> Logps:
+def _in_precision(logps: Logps, config: RunConfig) -> Logps:
     def cast(batch: PackedBatch) -> Tensor:
-        with torch.autocast(device(), torch.bfloat16) if bf16 else nullcontext():
+        with in_precision(config):
             return logps(batch)
 
     return cast

@@ -1,7 +1,8 @@
 """Everything that a run is made of, checked before its first step: data, arithmetic, model, task."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,21 +11,23 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING
 
-from llmt_shared.dataset import Dataset, Split, open_dataset
+from llmt_shared.dataset import Dataset, open_dataset
 from llmt_shared.errors import ConfigError
 from llmt_shared.progress import say
 from llmt_train.adapt import choose_execution, choose_trained, resize_embeddings
 from llmt_train.adapters import without_adapters
 from llmt_train.batch import PackedBatch
-from llmt_train.config import FromConfig, RunConfig
+from llmt_train.config import FromConfig, FromSynthetic, RunConfig
 from llmt_train.data import NO_PAIRING, Pairing, Plan, plan_run, rows_consumed
 from llmt_train.head import HeadSpec, find_head
 from llmt_train.isolation import check_isolation
 from llmt_train.match import check_max_id, check_tokenizers, model_token_ids, read_token_ids
-from llmt_train.models import load_model
+from llmt_train.models import load_model, vocab_size
 from llmt_train.positions import check_positions
 from llmt_train.reference import Identity, fingerprint, frozen_copy, live_reference, open_overlay
+from llmt_train.rows import AnyDataset, AnySplit
 from llmt_train.schedule import check_schedule
+from llmt_train.synthetic import open_synthetic
 from llmt_train.tasks import KINDS, Task, build_task
 
 
@@ -33,7 +36,7 @@ class Setup:
     """A run that could begin."""
 
     config: RunConfig
-    dataset: Dataset
+    dataset: AnyDataset
     plan: Plan
     model: Any
     """On its device, in training mode, as it is before the first step."""
@@ -46,7 +49,7 @@ class Setup:
     """By split: what preference data is read with."""
 
     @property
-    def splits(self) -> dict[str, Split]:
+    def splits(self) -> dict[str, AnySplit]:
         """Those that the dataset has."""
         return splits_of(self.dataset)
 
@@ -69,33 +72,60 @@ def set_up(config: RunConfig) -> Setup:
     return Setup(config, dataset, plan, model, base, head, task, pairing)
 
 
-def open_data(config: RunConfig) -> tuple[Dataset, Plan]:
+def open_data(config: RunConfig) -> tuple[AnyDataset, Plan]:
     """Open the dataset and plan the run over its rows."""
-    dataset = open_dataset(config.data)
-    kind, wanted = dataset.manifest.kind, KINDS[config.task]
-    if kind != wanted:
-        fitting = " or ".join(f"`task: {task}`" for task, each in KINDS.items() if each == kind)
-        raise ConfigError(f"task: {config.task}, but {config.data} is of kind {kind}; set {fitting}")
+    dataset = open_rows(config)
     plan = plan_run(dataset.train, config.batch, config.train)
     check_schedule(config.optim, plan.total_steps, plan.rows_per_step * plan.length)
     return dataset, plan
 
 
-def open_model(config: RunConfig, dataset: Dataset) -> Any:
+def open_rows(config: RunConfig) -> AnyDataset:
+    """Open the dataset, or make up the rows that stand for one, of the kind that the task trains on."""
+    wanted = KINDS[config.task]
+    if isinstance(config.data, FromSynthetic):
+        settings = config.data.synthetic
+        spec = config.model if isinstance(config.model, str) else config.model.model_dump()
+        return open_synthetic(settings, wanted, settings.vocab_size or vocab_size(spec))
+    dataset = open_dataset(config.data)
+    kind = dataset.kind
+    if kind != wanted:
+        fitting = " or ".join(f"`task: {task}`" for task, each in KINDS.items() if each == kind)
+        raise ConfigError(f"task: {config.task}, but {config.data} is of kind {kind}; set {fitting}")
+    return dataset
+
+
+def open_model(config: RunConfig, dataset: AnyDataset) -> Any:
     """Load the model as it is before anything is changed for training, after the checks that need no weights."""
-    place, max_id = model_name(config), dataset.manifest.tokenizer.max_id
-    ids = model_token_ids(config.model) if isinstance(config.model, str) else None
-    if ids is not None:
-        check_tokenizers(read_token_ids(dataset.tokenizer_dir / "tokenizer.json"), ids, place)
+    place = model_name(config)
+    if isinstance(config.model, str):
+        check_tokenizer(dataset, model_token_ids(config.model), place)
     spec = config.model if isinstance(config.model, str) else _fresh(config.model, dataset)
     dtype = torch.bfloat16 if config.precision == "bf16-true" else torch.float32
     model = load_model(spec, dtype=dtype, seed=config.train.seed)
     if config.train.resize_embeddings:
-        resize_embeddings(model, max_id + 1)
-    check_max_id(max_id, model.get_input_embeddings().weight.shape[0], place)
+        resize_embeddings(model, dataset.tokenizer.max_id + 1)
+    check_fits(model, dataset, place)
+    return model.to(device())
+
+
+def check_tokenizer(dataset: AnyDataset, ids: Mapping[str, int] | None, place: str) -> None:
+    """Refuse a dataset that was packed with another tokenizer than the model's, where both have one.
+
+    Args:
+        dataset: the dataset.
+        ids: token -> id of the model's.
+        place: where those are from, for the message.
+    """
+    if ids is not None and dataset.tokenizer_dir is not None:
+        check_tokenizers(read_token_ids(dataset.tokenizer_dir / "tokenizer.json"), ids, place)
+
+
+def check_fits(model: Any, dataset: AnyDataset, place: str) -> None:
+    """Refuse token ids that a model has no embedding for, and segments that it has no positions for."""
+    check_max_id(dataset.tokenizer.max_id, model.get_input_embeddings().weight.shape[0], place)
     for split in splits_of(dataset).values():
         check_positions(model.config, split, place)
-    return model.to(device())
 
 
 def check_model(model: Any, config: RunConfig) -> HeadSpec | None:
@@ -110,14 +140,15 @@ def _reads_overlay(config: RunConfig) -> bool:
 
 
 def _open_task(
-    config: RunConfig, dataset: Dataset, model: Any, head: HeadSpec | None, base: str | None
+    config: RunConfig, dataset: AnyDataset, model: Any, head: HeadSpec | None, base: str | None
 ) -> tuple[Task, dict[str, Pairing]]:
-    pairing = dict.fromkeys(dataset.manifest.splits, NO_PAIRING)
+    pairing = dict.fromkeys(splits_of(dataset), NO_PAIRING)
     reference = None
     if config.task == "orpo":
         pairing = dict.fromkeys(pairing, Pairing(with_chosen_prompts=config.orpo.nll_on == "all"))
     if _reads_overlay(config):
         assert base is not None  # `set_up` looked
+        assert isinstance(dataset, Dataset)  # the config refuses synthetic rows here
         lookups = open_overlay(dataset, identity(config, dataset, base))
         pairing = {name: Pairing(reference=lookup) for name, lookup in lookups.items()}
     if config.task == "dpo" and config.dpo.reference == "model":
@@ -144,7 +175,7 @@ def identity(config: RunConfig, dataset: Dataset, weights: str) -> Identity:
     )
 
 
-def splits_of(dataset: Dataset) -> dict[str, Split]:
+def splits_of(dataset: AnyDataset) -> dict[str, AnySplit]:
     """Return a dataset's splits by name."""
     held_out = {} if dataset.validation is None else {"validation": dataset.validation}
     return {"train": dataset.train} | held_out
@@ -164,6 +195,11 @@ def uses_bf16(config: RunConfig) -> bool:
     """Return whether the model computes in bf16 with weights in fp32: under autocast."""
     has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return config.precision == "bf16" or (config.precision == "auto" and has_bf16)
+
+
+def in_precision(config: RunConfig) -> AbstractContextManager[Any]:
+    """Compute in the run's precision while it is entered."""
+    return torch.autocast(device(), torch.bfloat16) if uses_bf16(config) else nullcontext()
 
 
 def describe(setup: Setup, step: int) -> str:
@@ -195,9 +231,9 @@ def describe(setup: Setup, step: int) -> str:
     return "\n".join(lines)
 
 
-def _fresh(model: FromConfig, dataset: Dataset) -> dict[str, dict[str, Any]]:
+def _fresh(model: FromConfig, dataset: AnyDataset) -> dict[str, dict[str, Any]]:
     """Fill in the dataset's vocabulary and token ids: a family's own defaults mean nothing to another tokenizer."""
-    entry = dataset.manifest.tokenizer
+    entry = dataset.tokenizer
     ids = {"bos_token_id": entry.bos_id, "eos_token_id": entry.eos_id, "pad_token_id": entry.pad_id}
     ids["vocab_size"] = entry.max_id + 1
     model_type = str(model.from_config.get("model_type"))

@@ -19,13 +19,14 @@ class SyntheticConfig(StrictModel):
     rows: PositiveInt = 1024
     """Rows of an epoch."""
     median: Annotated[float, Gt(1)] = 512.0
-    """Of the documents' tokens (of a chat's, or of each side of a pair); a longer one than the row is cut to it."""
+    """Of the documents' tokens (of a chat's, or of each side of a pair). The last of a row is cut to what is left."""
     sigma: Annotated[float, Ge(0)] = 1.0
     """Of the logarithm of the tokens: 0 makes all documents equally long, 1 is like web text."""
     targets: Annotated[float, Gt(0), Le(1)] = 0.5
     """Share of a chat's or an answer's tokens that are targets, at its end; pre-training has no other tokens."""
     vocab_size: PositiveInt | None = None
-    """Tokens are drawn below it; the model's where it is not given."""
+    """Tokens are drawn below it. Where it is not given it is the model's, and of a `from_config` without one that of
+    its family in transformers."""
     held_out: Annotated[int, Ge(0)] = 0
     """Rows of a validation split."""
     seed: Annotated[int, Ge(0), Lt(1 << 53)] = 0

@@ -8,7 +8,7 @@ from annotated_types import Ge, Gt, Lt
 from pydantic import ConfigDict, ValidationError
 
 from llmt_shared.config import Count, PositiveInt, StrictModel, UserPath
-from llmt_train.config.data import Data
+from llmt_train.config.data import Data, FromSynthetic
 from llmt_train.config.log import Logger, MlflowConfig, SampleConfig, WandbConfig
 from llmt_train.config.model import Checkpointing, CheckpointingConfig, LoraConfig, Model, Pattern
 from llmt_train.config.objective import ClmConfig, DpoConfig, OrpoConfig
@@ -168,7 +168,12 @@ def _between_sections(given: Mapping[str, Any]) -> Iterator[str]:
             f"save.keep_best needs a held-out loss at every checkpoint, but save.every is {saved} and eval.every "
             f"{every}; wanted an eval.every that divides save.every"
         )
-    train = _section(given, "train")
+    train, data = _section(given, "train"), given.get("data")
+    if isinstance(data, Mapping | FromSynthetic):
+        if dpo.get("reference") == "precomputed":
+            yield "dpo.reference: precomputed lies beside a dataset, which there is none of; set it to model or none"
+        if given.get("sample"):
+            yield "sample: synthetic rows have no tokenizer to read texts with; remove `sample`"
     if train.get("freeze") and lora:
         yield "train.freeze has no use with lora, which freezes the whole model; remove it"
 
