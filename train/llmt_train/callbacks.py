@@ -11,15 +11,13 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from llmt_shared.errors import DataError
-from llmt_train.data import eval_batches, rows_consumed, rows_of_step
+from llmt_train.data import rows_consumed, rows_of_step
+from llmt_train.evaluation import Record, evaluate, with_perplexity
 from llmt_train.metrics import MetricsFile
-from llmt_train.models import evaluating
 from llmt_train.module import StepPart, TrainModule
 from llmt_train.progress import Reporter
 from llmt_train.setup import Setup
 from llmt_train.stopping import StopRequest
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -112,33 +110,13 @@ class StepCallback(Callback):
         if "validation" not in self.run.setup.splits:
             return
         assert isinstance(pl_module, TrainModule)
-        result = evaluate(trainer, pl_module, self.run.setup, "validation")
+        result = evaluate(pl_module, self.run.setup, "validation")
         line = {"step": step, "eval": result}
         self.run.metrics.write(line)
         self.run.reporter.evaluation(line)
         scores = {f"eval/{name}": source["loss"] for name, source in result["sources"].items()}
         total = {f"eval/{name}": value for name, value in result.items() if isinstance(value, float)}
         _to_loggers(trainer, total | scores, step)
-
-
-@torch.no_grad()
-def evaluate(trainer: pl.Trainer, module: TrainModule, setup: Setup, split: str) -> Record:
-    """Return the means of every measure over a split, in total and by source, and the counts they are means over."""
-    module.on_validation_epoch_start()
-    with evaluating(module):
-        for index, batch in enumerate(eval_batches(setup.splits[split], setup.plan.micro_rows, setup.pairing[split])):
-            trainer.strategy.validation_step(module.transfer_batch_to_device(batch, module.device, 0), index)
-    by_source = {name: module.evaluation.means(index) for index, name in enumerate(setup.dataset.sources)}
-    # A source may hold out nothing.
-    sources = {name: with_perplexity(means) for name, means in by_source.items() if means}
-    return {**with_perplexity(module.evaluation.means()), "sources": sources}
-
-
-def with_perplexity(means: dict[str, float]) -> Record:
-    """Add the perplexity, weighted by tokens, of a negative log-likelihood; infinite where that overflows."""
-    if "nll" not in means:
-        return means
-    return means | {"perplexity": math.exp(means["nll"]) if means["nll"] < 700 else math.inf}
 
 
 def _is_due(step: int, every: int | None) -> bool:

@@ -113,6 +113,34 @@ def ref(
 
 
 @app.command()
+def validate(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Output folder of a run (its newest checkpoint), or one checkpoint.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Settings that win over the run's.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="train or validation.")] = "validation",
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate a checkpoint: every measure over a split of its dataset or of another one, in total and by source.
+
+    Examples:
+
+        llmt-train validate runs/pt
+
+        llmt-train validate runs/sft/checkpoints/step-00000500 data=data/other batch.micro_rows=8 --json
+    """
+    from dataclasses import asdict
+
+    from llmt_train.validate import table
+    from llmt_train.validate import validate as validate_checkpoint
+
+    result = validate_checkpoint(checkpoint, overrides or [], split=split)
+    typer.echo(json.dumps(asdict(result)) if as_json else table(result))
+
+
+@app.command()
 def export(
     checkpoint: Annotated[
         Path, typer.Argument(help="Output folder of a run (its newest checkpoint), or one checkpoint.")

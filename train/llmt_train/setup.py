@@ -64,10 +64,10 @@ def set_up(config: RunConfig) -> Setup:
     """
     dataset, plan = open_data(config)
     model = open_model(config, dataset)
-    base = fingerprint(model) if config.lora is not None or _reads_overlay(config) else None
+    base = fingerprint(model) if config.lora is not None or reads_overlay(config) else None
     choose_trained(model, config.train, config.lora)
     head = check_model(model, config)
-    task, pairing = _open_task(config, dataset, model, head, base)
+    task, pairing = open_task(config, dataset, model, head, base)
     choose_execution(model, config)
     return Setup(config, dataset, plan, model, base, head, task, pairing)
 
@@ -80,12 +80,17 @@ def open_data(config: RunConfig) -> tuple[AnyDataset, Plan]:
     return dataset, plan
 
 
-def open_rows(config: RunConfig) -> AnyDataset:
-    """Open the dataset, or make up the rows that stand for one, of the kind that the task trains on."""
+def open_rows(config: RunConfig, model: str | FromConfig | None = None) -> AnyDataset:
+    """Open the dataset, or make up the rows that stand for one, of the kind that the task trains on.
+
+    Args:
+        config: the run.
+        model: whose vocabulary made-up rows have, if not the run's.
+    """
     wanted = KINDS[config.task]
     if isinstance(config.data, FromSynthetic):
-        settings = config.data.synthetic
-        spec = config.model if isinstance(config.model, str) else config.model.model_dump()
+        settings, model = config.data.synthetic, model or config.model
+        spec = model if isinstance(model, str) else model.model_dump()
         return open_synthetic(settings, wanted, settings.vocab_size or vocab_size(spec))
     dataset = open_dataset(config.data)
     kind = dataset.kind
@@ -135,18 +140,28 @@ def check_model(model: Any, config: RunConfig) -> HeadSpec | None:
     return _find_head(model)
 
 
-def _reads_overlay(config: RunConfig) -> bool:
+def reads_overlay(config: RunConfig) -> bool:
+    """Return whether the reference is what `llmt-train ref` wrote."""
     return config.task == "dpo" and config.dpo.reference == "precomputed"
 
 
-def _open_task(
+def open_task(
     config: RunConfig, dataset: AnyDataset, model: Any, head: HeadSpec | None, base: str | None
 ) -> tuple[Task, dict[str, Pairing]]:
+    """Return the run's task, and what each split is read with.
+
+    Args:
+        config: the run.
+        dataset: its rows.
+        model: the one that it begins with: a reference is taken from it.
+        head: that model's.
+        base: fingerprint of its weights, for a precomputed reference.
+    """
     pairing = dict.fromkeys(splits_of(dataset), NO_PAIRING)
     reference = None
     if config.task == "orpo":
         pairing = dict.fromkeys(pairing, Pairing(with_chosen_prompts=config.orpo.nll_on == "all"))
-    if _reads_overlay(config):
+    if reads_overlay(config):
         assert base is not None  # `set_up` looked
         assert isinstance(dataset, Dataset)  # the config refuses synthetic rows here
         lookups = open_overlay(dataset, identity(config, dataset, base))
