@@ -136,6 +136,16 @@ def test_row_targets_are_the_labels_that_count(dataset_path):
     assert train.row_targets[:].tolist() == [int((train[row].labels != -100).sum()) for row in range(len(train))]
 
 
+def test_targets_come_in_the_order_of_the_rows_asked_for(dataset_path):
+    train = open_dataset(dataset_path).train
+    assert train.targets([2, 0, 0]).tolist() == [train.row_targets[:][row] for row in (2, 0, 0)]
+
+
+def test_the_longest_segment_is_that_of_all_rows(dataset_path):
+    train = open_dataset(dataset_path).train
+    assert train.longest_segment() == train.segments(range(len(train))).length.max()
+
+
 def test_segments_come_in_the_order_of_the_rows_asked_for(dataset_path):
     table = open_dataset(dataset_path).train.segments([2, 3, 0])
     assert table.per_row.tolist() == [3, 0, 2]

@@ -16,10 +16,11 @@ from llmt_shared.dataset import Split, open_dataset
 from llmt_shared.errors import ConfigError, FormatError
 from llmt_train.cli import main
 from llmt_train.config import RunConfig
-from llmt_train.export import load_checkpoint_model
 from llmt_train.fit import fit
 from llmt_train.metrics import read_metrics
+from llmt_train.models import load_model
 from llmt_train.precompute import precompute
+from llmt_train.trained import load_checkpoint_model
 from llmt_train.validate import ValidateResult, table, validate
 
 LLAMA = {
@@ -39,6 +40,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "dpo, live reference": {"task": "dpo", "dpo": {"sft_weight": 0.5}},
     "dpo, precomputed": {"task": "dpo", "dpo": {"reference": "precomputed"}},
     "dpo, no reference": {"task": "dpo", "dpo": {"reference": "none"}},
+    "dpo with adapters": {"task": "dpo", "lora": {"rank": 4}},
+    "dpo with adapters in bf16 throughout": {"task": "dpo", "lora": {"rank": 4}, "precision": "bf16-true"},
+    "dpo with adapters, precomputed": {"task": "dpo", "lora": {"rank": 4}, "dpo": {"reference": "precomputed"}},
     "orpo": {"task": "orpo", "orpo": {"nll_on": "all"}},
     "synthetic": {"task": "dpo", "data": {"synthetic": {"length": 200, "median": 20, "held_out": 5, "vocab_size": 40}}},
 }
@@ -67,6 +71,13 @@ def evaluations(output: Path) -> dict[int, Any]:
     return {record["step"]: record["eval"] for record in read_metrics(output) if "eval" in record}
 
 
+def begun_with(data: Path, folder: Path) -> str:
+    """A model on disk, as adapters need one."""
+    vocab_size = open_dataset(data).tokenizer.max_id + 1
+    load_model({"from_config": LLAMA | {"vocab_size": vocab_size}}, seed=1).save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture(scope="module")
 def run(packed, tmp_path_factory) -> Path:
     """A finished run of task pretrain."""
@@ -77,8 +88,11 @@ def run(packed, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_it_is_the_runs_own_last_evaluation_bit_for_bit(packed, tmp_path, name):
-    config = make_config(packed, tmp_path / "run", **RUNS[name])
-    if name == "dpo, precomputed":
+    changes = dict(RUNS[name])
+    if "lora" in changes:
+        changes["model"] = begun_with(packed["preference"], tmp_path / "begun")
+    config = make_config(packed, tmp_path / "run", **changes)
+    if config.dpo.reference == "precomputed":
         precompute(config)
     fit(config)
     result = validate(tmp_path / "run")
@@ -156,9 +170,7 @@ def test_a_run_is_left_as_it_is(run):
 
 def test_dpo_measures_other_pairs_against_the_model_that_it_began_with(packed, tmp_path):
     run = tmp_path / "run"
-    begun = Path(fit(make_config(packed, tmp_path / "first", task="orpo", train={"steps": 1})).checkpoint)
-    load_checkpoint_model(begun).save_pretrained(tmp_path / "begun")
-    fit(make_config(packed, run, task="dpo", model=str(tmp_path / "begun")))
+    fit(make_config(packed, run, task="dpo", model=begun_with(packed["preference"], tmp_path / "begun")))
     other = small_datasets.build_chats(tmp_path / "other", "preference", seed=4)
     assert open_dataset(other).digest != open_dataset(packed["preference"]).digest
     result = validate(run, [f"data={other}"]).eval
@@ -172,6 +184,14 @@ def test_a_reference_with_drawn_weights_belongs_to_its_dataset(packed, tmp_path)
     with pytest.raises(ConfigError, match=r"its reference was drawn for the vocabulary of the run's own dataset"):
         validate(tmp_path / "run", [f"data={other}"])
     assert validate(tmp_path / "run", [f"data={other}", "dpo.reference=none"]).eval["pairs"] > 0
+
+
+def test_a_reference_may_be_read_from_the_disk_where_the_run_had_it_live(packed, tmp_path):
+    config = make_config(packed, tmp_path / "run", task="dpo")
+    fit(config)
+    precompute(config)
+    live, read = (validate(tmp_path / "run", changes).eval for changes in ([], ["dpo.reference=precomputed"]))
+    assert read["loss"] == pytest.approx(live["loss"], abs=1e-6)
 
 
 def test_a_dataset_without_the_split_is_refused(run, tmp_path):

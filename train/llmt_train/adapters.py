@@ -47,10 +47,15 @@ def add_adapters(model: Any, config: LoraConfig, *, seed: int) -> None:
         torch.manual_seed(seed)
         model.add_adapter(peft_config)
     for name, parameter in model.named_parameters():
-        if _MARK in name:
+        if is_adapter(name):
             parameter.data = parameter.data.float()
     for parameter in matching(model, config.train_also, "lora.train_also"):
         parameter.requires_grad_(True)
+
+
+def is_adapter(parameter: str) -> bool:
+    """Return whether a name is of an adapter's parameter."""
+    return _MARK in parameter
 
 
 @contextmanager

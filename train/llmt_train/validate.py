@@ -3,16 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llmt_shared.config import load_config
 from llmt_shared.errors import ConfigError
 from llmt_shared.progress import stage
 from llmt_train import checkpoints
+from llmt_train.adapters import is_adapter
 from llmt_train.config import BatchConfig, FromConfig, RunConfig, TrainConfig
 from llmt_train.data import Pairing, Plan, plan_run
 from llmt_train.evaluation import Record, evaluate
-from llmt_train.export import load_checkpoint_model
 from llmt_train.fit import build_module
+from llmt_train.head import HeadSpec
 from llmt_train.match import read_token_ids
 from llmt_train.quiet import quiet_transformers
 from llmt_train.reference import fingerprint
@@ -26,10 +28,10 @@ from llmt_train.setup import (
     open_model,
     open_rows,
     open_task,
-    reads_overlay,
     splits_of,
 )
 from llmt_train.tasks import Task
+from llmt_train.trained import load_checkpoint_model
 
 
 @dataclass(frozen=True)
@@ -98,14 +100,21 @@ def _set_up(checkpoint: Path, config: RunConfig, split: str) -> Setup:
     tokenizer = checkpoint.parent.parent / "tokenizer"
     ids = read_token_ids(tokenizer / "tokenizer.json") if (tokenizer / "tokenizer.json").is_file() else None
     check_tokenizer(dataset, ids, str(tokenizer))
-    task, pairing = _open_task(checkpoint, config, dataset)
-    model = load_checkpoint_model(checkpoint).to(device())
-    if config.precision == "bf16-true":
-        for parameter in model.parameters():  # not `model.bfloat16`: rotary frequencies are fp32 in training too
-            parameter.data = parameter.data.bfloat16()
+    model = _load(checkpoint, config)
     check_fits(model, dataset, str(checkpoint))
     head = check_model(model, config)
+    task, pairing = _open_task(checkpoint, config, dataset, model, head)
     return Setup(config, dataset, plan, model, None, head, task, pairing)
+
+
+def _load(checkpoint: Path, config: RunConfig) -> Any:
+    """The checkpoint's model, in the precision that it trains in."""
+    model = load_checkpoint_model(checkpoint).to(device())
+    if config.precision == "bf16-true":
+        for name, parameter in model.named_parameters():  # no buffers: rotary frequencies are fp32 in training too
+            if not is_adapter(name):
+                parameter.data = parameter.data.bfloat16()
+    return model
 
 
 def _plan(dataset: AnyDataset, name: str, batch: BatchConfig) -> Plan:
@@ -117,15 +126,20 @@ def _plan(dataset: AnyDataset, name: str, batch: BatchConfig) -> Plan:
     return plan_run(split, batch.model_copy(update={"tokens": tokens}), TrainConfig(epochs=1))
 
 
-def _open_task(checkpoint: Path, config: RunConfig, dataset: AnyDataset) -> tuple[Task, dict[str, Pairing]]:
-    """The run's task; a reference is the model that the run began with."""
-    if config.task != "dpo" or config.dpo.reference == "none":
-        return open_task(config, dataset, None, None, None)
-    if isinstance(config.model, FromConfig) and dataset.digest != checkpoints.read_state(checkpoint).digest:
+def _open_task(
+    checkpoint: Path, config: RunConfig, dataset: AnyDataset, model: Any, head: HeadSpec | None
+) -> tuple[Task, dict[str, Pairing]]:
+    """The run's task; a reference is of the weights that the run began with."""
+    state = checkpoints.read_state(checkpoint)
+    reference = config.dpo.reference if config.task == "dpo" else "none"
+    # Those are the model's own without its adapters; and of a precomputed reference only their fingerprint matters.
+    if reference == "none" or config.lora is not None or (reference == "precomputed" and state.base is not None):
+        return open_task(config, dataset, model, head, state.base)
+    is_drawn = isinstance(config.model, FromConfig) or config.train.resize_embeddings
+    if is_drawn and dataset.digest != state.digest:
         raise ConfigError(
             f"{checkpoint}: its reference was drawn for the vocabulary of the run's own dataset; wanted that one, or "
             "`dpo.reference=none`"
         )
     begun = open_model(config, dataset)
-    weights = fingerprint(begun) if reads_overlay(config) else None
-    return open_task(config, dataset, begun, check_model(begun, config), weights)
+    return open_task(config, dataset, begun, check_model(begun, config), fingerprint(begun))
