@@ -251,6 +251,12 @@ def test_the_table_is_aligned():
     )
 
 
+def test_a_source_called_total_hides_nothing():
+    scores = {"loss": 1.5, "sources": {"total": {"loss": 2.5}}}
+    lines = table(ValidateResult("c", 2, "d", "d", "train", 1, scores)).splitlines()
+    assert [line.split() for line in lines[2:]] == [["total", "1.5000"], ["total", "2.5000"]]
+
+
 @pytest.fixture
 def call(monkeypatch, capsys):
     def called(*arguments: object) -> tuple[int, str, str]:

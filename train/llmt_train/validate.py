@@ -76,9 +76,9 @@ def validate(source: Path, overrides: Sequence[str] = (), *, split: str = "valid
 
 def table(result: ValidateResult) -> str:
     """Return the scores as aligned columns: a line for the total and one for each source."""
-    lines = {"total": result.eval, **result.eval["sources"]}
+    lines = [("total", result.eval), *result.eval["sources"].items()]
     names = [name for name in result.eval if name != "sources"]
-    cells = [["", *names], *([label, *(_cell(line.get(name)) for name in names)] for label, line in lines.items())]
+    cells = [["", *names], *([label, *(_cell(line.get(name)) for name in names)] for label, line in lines)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     title = f"{result.checkpoint} on {result.data}, {result.split}: {result.rows:,} rows"
     return "\n".join([title, *(_line(row, widths) for row in cells)])
@@ -142,4 +142,5 @@ def _open_task(
             "`dpo.reference=none`"
         )
     begun = open_model(config, dataset)
-    return open_task(config, dataset, begun, check_model(begun, config), fingerprint(begun))
+    weights = fingerprint(begun) if reference == "precomputed" else None
+    return open_task(config, dataset, begun, check_model(begun, config), weights)
