@@ -17,7 +17,7 @@ from train.tiny_models import packed
 
 from llmt_shared.segments import IGNORE
 from llmt_train.batch import PackedBatch
-from llmt_train.callbacks import with_perplexity
+from llmt_train.evaluation import with_perplexity
 from llmt_train.head import Scores
 from llmt_train.objectives import _log1mexp, clm, dpo, orpo, share
 
