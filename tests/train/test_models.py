@@ -45,10 +45,31 @@ def gradient_error(got, wanted):
     return max(((got[name] - g).norm() / torch.maximum(g.norm(), floor)).item() for name, g in wanted.items())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_packed_equals_alone(family):
+# Scaled so strongly that positions below 40 feel it.
+ROPES = {
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "keys"),
+    [
+        *((family, {}) for family in FAMILIES),
+        *(("llama", {"rope_parameters": {"rope_theta": 1e4, **rope}}) for rope in ROPES.values()),
+    ],
+    ids=[*FAMILIES, *(f"llama with {name} rope" for name in ROPES)],
+)
+def test_packed_equals_alone(family, keys):
     """Logits and gradients of every segment are those of plain transformers, one segment at a time."""
-    model, batch = tiny(family).eval(), packed(ROWS, LENGTH)
+    model, batch = tiny(family, **keys).eval(), packed(ROWS, LENGTH)
     ids = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
     logits = model(**ids, segments=batch.segments()).logits[0]
     loss = torch.nn.functional.cross_entropy(logits, batch.labels[0], ignore_index=IGNORE, reduction="sum")
@@ -61,6 +82,16 @@ def test_packed_equals_alone(family):
     losses = [torch.nn.functional.cross_entropy(x, y, ignore_index=IGNORE, reduction="sum") for x, y in alone]
     wanted = gradients(reference, torch.stack(losses).nansum() / batch.denominators["targets"])
     assert gradient_error(got, wanted) <= 1e-5
+
+
+@pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
+def test_a_scaled_rope_is_honoured(rope):
+    batch = packed(ROWS, LENGTH)
+    scaled, plain = (
+        forward_hidden(tiny("llama", rope_parameters=parameters), batch)
+        for parameters in ({"rope_theta": 1e4, **rope}, {"rope_theta": 1e4, "rope_type": "default"})
+    )
+    assert (scaled - plain).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
