@@ -60,7 +60,8 @@ def check_folder(folder: Path) -> None:
 
 
 def check_imports() -> None:
-    missing = [name for name in ("accelerate", "gguf", "transformers") if importlib.util.find_spec(name) is None]
+    needed = ("accelerate", "gguf", "torch", "transformers")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         sys.exit(f"error: {' and '.join(missing)} not installed; run: pip install '.[train,smollm2]'")
 

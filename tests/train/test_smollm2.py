@@ -145,7 +145,7 @@ def test_sft_on_all_conversations_lowers_the_held_out_loss(smollm2: Path, output
     chats = CHATS / "self-instruct.jsonl"
     data = pack("sft", chats, smollm2, output.parent / "data", 512, holdout={"fraction": 0.1})
     before, after = held_out(train("sft", smollm2, data, output, steps=10, lr=5e-5))
-    assert after < before - 0.2
+    assert after < before - 0.1
 
 
 def test_transformers_gives_the_logits_of_the_run(smollm2: Path, tuned: Path, exported: Path) -> None:

@@ -123,7 +123,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
 def test_missing_packages_are_named_with_the_way_out(tmp_path: Path) -> None:
     result = script(tmp_path / "model", python=("-I", "-S"))  # Python without installed packages
     assert result.returncode == 1
-    assert "error: accelerate and gguf and transformers not installed; run: pip install" in result.stderr
+    assert "error: accelerate and gguf and torch and transformers not installed; run: pip install" in result.stderr
 
 
 def test_a_download_that_fails_is_told(tmp_path: Path) -> None:
