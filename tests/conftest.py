@@ -11,6 +11,8 @@ from hypothesis import settings
 
 # The suite states what holds on a CPU, bit for bit; on a machine with a GPU the runs it starts must not use it.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# Threads that spin while they wait make a busy machine five times slower; read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # Machines differ in speed; a slow example is not a wrong one. `derandomize` keeps a run repeatable.
 settings.register_profile("llmt", deadline=None, derandomize=True, max_examples=60)

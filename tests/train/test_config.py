@@ -4,9 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from llmt_prep.config import MixConfig
 from llmt_shared.config import load_config
 from llmt_shared.errors import ConfigError
 from llmt_train.config import FromConfig, RunConfig
+from llmt_train.tasks import KINDS
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 GOOD = """\
 task: pretrain
@@ -117,10 +121,20 @@ def test_optimizers_refuse_what_is_not_theirs(tmp_path: Path, override: str, wor
     assert all(word in found for word in words), found
 
 
-def test_the_shipped_config_is_valid_and_short() -> None:
-    path = Path(__file__).parents[2] / "configs" / "train" / "pretrain.yaml"
-    assert load_config(path, RunConfig).task == "pretrain"
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("train/*.yaml")), ids=lambda path: path.stem)
+def test_a_shipped_config_is_valid_and_short(path: Path) -> None:
+    assert load_config(path, RunConfig).task in ("pretrain", path.stem)
     assert len(path.read_text().splitlines()) <= 25
+
+
+@pytest.mark.parametrize(
+    ("run", "mix"), [("quickstart", "quickstart"), ("sft", "sft"), ("dpo", "preference"), ("orpo", "preference")]
+)
+def test_a_shipped_config_trains_on_what_a_shipped_mix_makes(run: str, mix: str) -> None:
+    made = load_config(CONFIGS / "mix" / f"{mix}.yaml", MixConfig)
+    config = load_config(CONFIGS / "train" / f"{run}.yaml", RunConfig)
+    assert (config.data, KINDS[config.task]) == (made.output, made.kind)
+    assert config.batch.tokens % made.sequence.length == 0
 
 
 def test_a_mistake_inside_a_model_is_named_by_its_keys(tmp_path: Path) -> None:
