@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 from llmt_prep.cache import Origin, being_pruned, check_is_cache, origin_of, unit_folders
 from llmt_prep.guard import inexact_engines
-from llmt_prep.report import count, escaped, size, table
+from llmt_prep.report import count, size, table
 from llmt_prep.store import is_abandoned, remove_unit
 from llmt_shared.config import StrictModel, parse_bytes
 from llmt_shared.errors import ConfigError
+from llmt_shared.terminal import escaped
 
 _DAY = 86_400
 _SECONDS = {"m": 60, "h": 3600, "d": _DAY, "w": 7 * _DAY}

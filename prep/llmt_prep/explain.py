@@ -8,8 +8,9 @@ from pathlib import Path
 from llmt_prep.cache import Origin, origin_of, unit_folders
 from llmt_prep.config import MixConfig
 from llmt_prep.ingest import Place, unusable_units
-from llmt_prep.report import count, escaped, size, table
+from llmt_prep.report import count, size, table
 from llmt_shared.config import StrictModel
+from llmt_shared.terminal import escaped
 
 _REASONS_SHOWN = 8
 _REUSED: tuple[str, ...] = ()

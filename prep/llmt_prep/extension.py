@@ -17,10 +17,11 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from llmt_prep.bpe import Merges, join
-from llmt_prep.report import count, escaped
+from llmt_prep.report import count
 from llmt_prep.tokenizer import BACKEND_FILE, LoadedTokenizer, load_tokenizer
 from llmt_shared import durable
 from llmt_shared.errors import ConfigError
+from llmt_shared.terminal import escaped
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ from llmt_prep.guard import inexact_engines
 from llmt_prep.hashes import IN_PROCESS_BYTES
 from llmt_prep.held import Shelved, hold
 from llmt_prep.inputs import InputFile, Inputs, reading_of
-from llmt_prep.report import escaped
 from llmt_prep.store import UnitMeta, open_unit, read_quarantine
 from llmt_prep.tokenization import TextSettings, unit_facts, unit_key
 from llmt_prep.tokenizer import LoadedTokenizer
@@ -32,6 +31,7 @@ from llmt_prep.unit_task import TokenizeTask, run_task
 from llmt_shared import durable
 from llmt_shared.errors import DataError
 from llmt_shared.progress import say, stage
+from llmt_shared.terminal import escaped
 
 if TYPE_CHECKING:
     from llmt_prep.chat.prepare import ChatSettings

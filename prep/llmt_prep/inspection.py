@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from llmt_prep.companions import InputFiles, Place, described, place_of, read_files, read_mix
-from llmt_prep.report import DIM, GREENS, REVERSE, count, escaped, styled
+from llmt_prep.report import DIM, GREENS, REVERSE, count, styled
 from llmt_shared.config import StrictModel
 from llmt_shared.dataset import Dataset, Row, Split
 from llmt_shared.errors import ConfigError, FormatError
 from llmt_shared.segments import IGNORE
+from llmt_shared.terminal import escaped
 
 _RULE_WIDTH = 100
 _MOST_TOKENS_OF_A_CHARACTER = 4  # UTF-8 has at most four bytes

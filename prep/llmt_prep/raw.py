@@ -20,12 +20,13 @@ from llmt_prep.encoding import surrounded
 from llmt_prep.engines import reference_engine
 from llmt_prep.inputs import reading_of
 from llmt_prep.inspection import TokenRun, control_ids_of, rule, shown_tokens, token_runs
-from llmt_prep.report import count, escaped
+from llmt_prep.report import count
 from llmt_prep.tokenization import TextSettings, surrounding_ids
 from llmt_prep.tokenizer import LoadedTokenizer, load_tokenizer
 from llmt_shared.config import StrictModel
 from llmt_shared.dataset import Dataset
 from llmt_shared.errors import ConfigError, DataError
+from llmt_shared.terminal import escaped
 
 _MOST_SHOWN = 20_000
 """Characters of the record, and of each text, that are shown in a terminal; JSON has all."""

@@ -7,14 +7,14 @@ from typing import TextIO
 
 from pydantic import BaseModel
 
+from llmt_shared.terminal import STEERING
+
 GREENS = (32, 92)
 """Two shades that take turns."""
 DIM = 2
 REVERSE = 7
 
 _BARS = " ▁▂▃▄▅▆▇█"
-_STEERING = r"\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
-"""What can steer a terminal or reorder its text: C0 (but not tab and line feed), DEL, C1, bidirectional controls."""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -54,18 +54,9 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:.1f} TB"
 
 
-def escaped(text: str) -> str:
-    """Return text from data with control characters made visible, so that it cannot steer a terminal.
-
-    A line feed is marked and kept, a tab too; C0, C1, DEL and bidirectional controls become codes.
-    """
-    text = text.replace("\n", "⏎\n").replace("\t", "→\t")
-    return re.sub(f"[{_STEERING}]", _code, text)
-
-
 def as_json(value: BaseModel) -> str:
     """Return one JSON object; what could steer a terminal is escaped, as JSON allows."""
-    return re.sub(f"[{_STEERING}]", lambda match: f"\\u{ord(match[0]):04x}", value.model_dump_json(indent=1))
+    return re.sub(f"[{STEERING}]", lambda match: f"\\u{ord(match[0]):04x}", value.model_dump_json(indent=1))
 
 
 def wants_colour(stream: TextIO) -> bool:
@@ -82,8 +73,3 @@ def styled(text: str, *codes: int) -> str:
     """Return text in ANSI styles, each line by itself, so that a pager shows every line right."""
     begin = f"\x1b[{';'.join(map(str, codes))}m"
     return "\n".join(f"{begin}{line}\x1b[0m" if line else "" for line in text.split("\n"))
-
-
-def _code(match: re.Match[str]) -> str:
-    number = ord(match[0])
-    return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}"

@@ -14,12 +14,13 @@ from llmt_prep import scan
 from llmt_prep.companions import read_ledger
 from llmt_prep.ledger import Ledger, SourceLedger, mistakes
 from llmt_prep.lengths import QUANTILES, Lengths, summarized
-from llmt_prep.report import count, escaped, histogram, percent, table
+from llmt_prep.report import count, histogram, percent, table
 from llmt_prep.scan import Block
 from llmt_prep.target_stats import TargetStats, target_stats
 from llmt_prep.tokenizer import load_tokenizer
 from llmt_shared.config import StrictModel
 from llmt_shared.dataset import Dataset, Split
+from llmt_shared.terminal import escaped
 
 _SEGMENTS_AT_ONCE = 1 << 18
 

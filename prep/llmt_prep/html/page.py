@@ -14,9 +14,10 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from llmt_prep.html.sections import Plot, sections
-from llmt_prep.report import count, escaped, percent
+from llmt_prep.report import count, percent
 from llmt_prep.stats import Stats
 from llmt_shared.dataset import Dataset
+from llmt_shared.terminal import escaped
 
 
 def page(dataset: Dataset, stats: Stats) -> str:

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from llmt_prep.inspection import RowView, SegmentView, TokenRun, inspect_row
-from llmt_prep.report import count, escaped
+from llmt_prep.report import count
 from llmt_shared.dataset import Dataset
+from llmt_shared.terminal import escaped
 
 _ROWS = {"train": 4, "validation": 1}
 _MOST_SEGMENTS = 12

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from llmt_prep.companions import InputFiles, read_files, read_ledger, read_mix
 from llmt_prep.config import MixConfig
 from llmt_prep.ledger import Ledger
-from llmt_prep.report import as_json, escaped
+from llmt_prep.report import as_json
 from llmt_prep.tokenizer import LoadedTokenizer
 from llmt_prep.verify import arrays, books, files
 from llmt_prep.verify.findings import MEANINGS, Finding, attempt, finding
@@ -25,6 +25,7 @@ from llmt_shared.config import StrictModel
 from llmt_shared.errors import FormatError
 from llmt_shared.manifest import NAME, Manifest, SplitEntry, read_manifest
 from llmt_shared.progress import stage
+from llmt_shared.terminal import escaped
 
 __all__ = ["MEANINGS", "Finding", "Verdict", "as_text", "find_problems", "to_json"]
 
