@@ -2,19 +2,17 @@
 
 A checkpoint is written under a temporary name, put on the disk and renamed, so a kill leaves the one before it. It
 holds Lightning's file (tensors and plain containers: it loads with `weights_only=True`), the resolved config, the
-model's config.json, the versions it was made with, and `state.json`, which also lists the sizes of the others.
+model's config.json, the environment it was made in, and `state.json`, which also lists the sizes of the others.
 """
 
 import json
 import os
 import pickle
-import platform
 import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from ruamel.yaml.error import YAMLError
 from llmt_shared import durable
 from llmt_shared.config import StrictModel
 from llmt_shared.errors import ConfigError, FormatError, Stopped
+from llmt_train.environment import environment
 
 WEIGHTS = "lightning.ckpt"
 """Lightning's file: weights, optimizer state, schedule, counts."""
@@ -327,26 +326,6 @@ def _comparable(model_config: Mapping[str, Any]) -> dict[str, Any]:
     """The model's config without what says nothing of its weights."""
     skipped = ("transformers_version", "_name_or_path", "dtype", "use_cache")
     return {key: value for key, value in json.loads(json.dumps(model_config)).items() if key not in skipped}
-
-
-def environment() -> dict[str, Any]:
-    """Return the versions that a checkpoint was made with."""
-    names = ("llmt", "torch", "lightning", "transformers", "tokenizers", "numpy")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    versions = {name: _version(name) for name in names}
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": device,
-        "versions": versions,
-    }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
