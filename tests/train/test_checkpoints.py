@@ -24,9 +24,13 @@ def make_state(step: int, **changes: object) -> State:
     return State(**(fields | changes))
 
 
-def save(run: Path, step: int) -> Path:
-    documents = {"config.yaml": CONFIG, "config.json": MODEL}
-    return checkpoints.save_checkpoint(run, make_state(step), documents, lambda path: path.write_bytes(b"weights"))
+def save(run: Path, step: int, eval_loss: float | None = None) -> Path:
+    documents, state = {"config.yaml": CONFIG, "config.json": MODEL}, make_state(step, eval_loss=eval_loss)
+    return checkpoints.save_checkpoint(run, state, documents, lambda path: path.write_bytes(b"weights"))
+
+
+def kept(run: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
 
 
 def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
@@ -83,7 +87,59 @@ def test_the_newest_stay(tmp_path: Path) -> None:
     for step in (1, 2, 10, 11):
         save(tmp_path, step)
     checkpoints.prune(tmp_path, 2)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000010", "step-00000011"]
+    assert kept(tmp_path) == [10, 11]
+
+
+def test_the_best_stay_beside_the_newest(tmp_path: Path) -> None:
+    for step, loss in enumerate([3.0, 2.0, 1.0, 1.5, 2.5, 2.7]):
+        save(tmp_path, step, loss)
+        checkpoints.prune(tmp_path, 2, keep_best=2)
+    assert kept(tmp_path) == [2, 3, 4, 5]
+    assert [path.name[-1] for path in checkpoints.best_checkpoints(tmp_path, 9)] == ["2", "3", "4", "5"]
+
+
+def test_one_that_is_both_takes_one_place_of_each(tmp_path: Path) -> None:
+    for step, loss in enumerate([3.0, 2.0, 1.0]):
+        save(tmp_path, step, loss)
+    checkpoints.prune(tmp_path, 1, keep_best=2)
+    assert kept(tmp_path) == [1, 2]
+
+
+def test_of_equal_losses_the_earlier_is_better(tmp_path: Path) -> None:
+    for step, loss in enumerate([2.0, 1.0, 1.0, 2.0]):
+        save(tmp_path, step, loss)
+    checkpoints.prune(tmp_path, 1, keep_best=1)
+    assert kept(tmp_path) == [1, 3]
+
+
+def test_a_checkpoint_without_a_held_out_loss_is_never_among_the_best(tmp_path: Path) -> None:
+    for step, loss in enumerate([None, 2.0, None, None]):
+        save(tmp_path, step, loss)
+    checkpoints.prune(tmp_path, 1, keep_best=3)
+    assert kept(tmp_path) == [1, 3]
+    assert len(checkpoints.best_checkpoints(tmp_path, 3)) == 1
+
+
+@pytest.mark.parametrize("damage", ["torn", "set aside"])
+def test_a_damaged_checkpoint_is_not_among_the_best(tmp_path: Path, damage: str) -> None:
+    for step, loss in enumerate([2.0, 1.0, 3.0]):
+        save(tmp_path, step, loss)
+    best = tmp_path / "checkpoints" / "step-00000001"
+    if damage == "torn":
+        (best / checkpoints.WEIGHTS).unlink()
+    else:
+        best.rename(best.with_name(f"damaged-{best.name}"))
+    checkpoints.prune(tmp_path, 1, keep_best=1)
+    assert kept(tmp_path) == [0, 2]
+    assert (tmp_path / "checkpoints" / "damaged-step-00000001").exists() == (damage == "set aside")
+
+
+def test_a_state_of_before_there_were_held_out_losses_is_read(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1, 2.0)
+    state = json.loads((folder / "state.json").read_text())
+    del state["eval_loss"]
+    (folder / "state.json").write_text(json.dumps(state))
+    assert checkpoints.read_state(folder).eval_loss is None
 
 
 def test_a_torn_checkpoint_takes_no_whole_ones_place(tmp_path: Path) -> None:

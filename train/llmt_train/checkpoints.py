@@ -54,6 +54,8 @@ class State(StrictModel):
     seed: int
     base: str | None = None
     """Fingerprint of the weights that the run began with, where the checkpoint does not hold them all."""
+    eval_loss: float | None = None
+    """Held-out loss after these steps; ``None`` where there was no evaluation, or its loss is not finite."""
     files: dict[str, int] = Field(default_factory=dict)
     """Name and bytes of every other file of the checkpoint."""
 
@@ -262,10 +264,24 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def prune(run_dir: Path, keep: int) -> None:
-    """Remove all but the ``keep`` newest complete checkpoints, and what killed runs left of unfinished ones."""
+def best_checkpoints(run_dir: Path, count: int) -> list[Path]:
+    """Return the complete checkpoints with the lowest held-out losses, best first; of equal ones the earlier."""
+    folders = filter(_is_complete, reversed(_folders(run_dir)))
+    losses = [(loss, folder) for folder in folders if (loss := read_state(folder).eval_loss) is not None]
+    return [folder for _, folder in sorted(losses, key=lambda pair: pair[0])[:count]]
+
+
+def prune(run_dir: Path, keep: int, keep_best: int = 0) -> None:
+    """Remove all but some complete checkpoints, and what killed runs left of unfinished ones.
+
+    Args:
+        run_dir: the run's output folder.
+        keep: how many of the newest stay.
+        keep_best: how many of those with the lowest held-out losses stay, be they among the newest or not.
+    """
     folders = _folders(run_dir)
     kept = [folder for folder in folders if _is_complete(folder)][:keep]  # a torn one must not take a whole one's place
+    kept += best_checkpoints(run_dir, keep_best)
     for folder in [*folders, *(run_dir / _FOLDER).glob(".step-*.partial")]:
         if folder not in kept:
             shutil.rmtree(folder)
