@@ -45,6 +45,8 @@ class PackedBatch(NamedTuple):
     """[N] bool; where the label is a target of an answer; ``None`` where every label is."""
     reference_logps: Tensor | None = None
     """[Q, 2] fp64; log-probability of each side's targets under the reference; ``None`` without one."""
+    segment_lengths: tuple[int, ...] = ()
+    """S lengths of the segments alone, on the host: ``lengths`` without the padding tails."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedBatch":
         """Return the same micro-batch with its tensors on a device (Lightning calls this)."""
@@ -112,6 +114,7 @@ def collate(
         label_places=torch.from_numpy(np.flatnonzero(dense.labels != IGNORE)),
         denominators=denominators,
         row_places=row_places,
+        segment_lengths=tuple(lengths.tolist()),
         pairs=None if pairs is None else torch.from_numpy(piece_of_segment[pairs]),
         in_response=None if in_response is None else torch.from_numpy(in_response),
         reference_logps=None if reference_logps is None else torch.from_numpy(reference_logps),

@@ -7,6 +7,7 @@ cut into the same number of micro-batches; one that is left without rows is a ro
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Generic, NamedTuple, TypeVar
 
@@ -204,6 +205,8 @@ class Prefetched(Generic[Item]):
         self._queue: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(depth)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self.waited = 0.0
+        """Seconds for which whoever takes the items has waited for them."""
 
     def __iter__(self) -> Iterator[Item]:
         """Start the thread with the first item taken (Lightning calls `iter` only to see whether it can)."""
@@ -212,7 +215,9 @@ class Prefetched(Generic[Item]):
         self._thread = threading.Thread(target=self._fill, name="llmt-prefetch", daemon=True)
         self._thread.start()
         while True:
+            started = time.monotonic()
             item, error = self._queue.get()
+            self.waited += time.monotonic() - started
             if error is not None:
                 raise error
             if item is None:
