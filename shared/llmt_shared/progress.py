@@ -9,12 +9,32 @@ from contextlib import contextmanager
 _SECONDS_BETWEEN_LINES = 10.0
 
 
+_keepers: list[Callable[[str], None]] = []
+
+
 def say(message: str) -> None:
     """Write one line of the log; a log that nobody reads any more (`2>&1 | head`) ends no run."""
+    keep(message)
     try:
         print(message, file=sys.stderr, flush=True)  # noqa: T201
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
+def keep(message: str) -> None:
+    """Hand a line to whoever keeps the log, without showing it."""
+    for keeper in _keepers:
+        keeper(message)
+
+
+@contextmanager
+def kept_by(keeper: Callable[[str], None]) -> Iterator[None]:
+    """Hand every line of the log to ``keeper`` too, while this is entered."""
+    _keepers.append(keeper)
+    try:
+        yield
+    finally:
+        _keepers.remove(keeper)
 
 
 @contextmanager
