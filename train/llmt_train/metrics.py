@@ -1,4 +1,7 @@
-"""metrics.jsonl: one JSON object per logged step or evaluation, one clean curve however often a run was resumed."""
+"""metrics.jsonl: one JSON object per logged step or evaluation, one clean curve however often a run was resumed.
+
+So is every file of a run that holds lines of steps.
+"""
 
 import json
 import os
@@ -12,14 +15,14 @@ NAME = "metrics.jsonl"
 
 
 class MetricsFile:
-    """An open metrics.jsonl that a run resumed after ``last_step`` steps appends to.
+    """An open metrics.jsonl (or another file of that kind) that a run resumed after ``last_step`` steps appends to.
 
     What lies beyond that step was written by a run that did not live to save it, and is cut off.
     """
 
-    def __init__(self, directory: Path, last_step: int) -> None:
-        path = directory / NAME
-        kept = [json.dumps(record) for record in read_metrics(directory) if record["step"] <= last_step]
+    def __init__(self, directory: Path, last_step: int, name: str = NAME) -> None:
+        path = directory / name
+        kept = [json.dumps(record) for record in read_metrics(directory, name) if record["step"] <= last_step]
         durable.write(path, "".join(f"{line}\n" for line in kept if last_step > 0))
         self._file = path.open("a")
 
@@ -37,10 +40,10 @@ class MetricsFile:
         self._file.close()
 
 
-def read_metrics(directory: Path) -> list[dict[str, Any]]:
+def read_metrics(directory: Path, name: str = NAME) -> list[dict[str, Any]]:
     """Return the records of a run's metrics.jsonl, up to the first line that is none, as a kill may have cut it."""
     try:
-        lines = (directory / NAME).read_text(errors="replace").splitlines()
+        lines = (directory / name).read_text(errors="replace").splitlines()
     except FileNotFoundError:
         return []
     records = []
