@@ -86,6 +86,18 @@ def model_scores(
     return _scatter(_scores_of(logits_TV, batch.labels[0][kept], with_mean), kept, batch.labels.shape[1])
 
 
+def logits_at(model: Any, head: HeadSpec | None, batch: PackedBatch, segments: Segments, places: Tensor) -> Tensor:
+    """Return the logits of the tokens at ``places`` [T], all held at once: [T, V] in at least fp32."""
+    if head is None:
+        logits = _own_logits(model, batch, segments, places)
+        return logits.to(_at_least_fp32(logits.dtype))
+    hidden, device = forward_hidden(model, batch, segments)[places], places.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    with torch.autocast(device, enabled=False):
+        weight, bias = _cast(head.linear.weight, head.linear.bias, dtype)
+        return _chunk_logits(hidden.to(dtype), weight, bias, head.scale, head.softcap)
+
+
 def token_scores(
     hidden: Tensor,
     head: HeadSpec,
