@@ -12,7 +12,7 @@ from llmt_train.config import RunConfig
 from llmt_train.fit import fit
 from llmt_train.metrics import read_metrics
 
-_OF_THE_MACHINE = {"tokens_per_s"}
+_OF_THE_MACHINE = {"tokens_per_s", "mfu", "tflops", "data_wait", "peak_memory"}
 
 
 def curve(output: Path) -> list[dict[str, Any]]:

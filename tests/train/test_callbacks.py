@@ -1,125 +1,147 @@
-"""The parts around a step: the metrics file, the progress shown, stopping, the evaluation."""
+"""What happens around a step: what is written down of it, what is due after it, and in which order."""
 
-import io
-import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from rich.console import Console
+from train.interrupted import curve, interrupt
+from train.tiny_dataset import WORDS, write_dataset
 
-from llmt_train import progress
-from llmt_train.metrics import MetricsFile, read_metrics
-from llmt_train.progress import Reporter
-from llmt_train.stopping import StopRequest
+from llmt_shared.dataset import open_dataset
+from llmt_shared.errors import Stopped
+from llmt_train import callbacks, checkpoints
+from llmt_train.config import RunConfig
+from llmt_train.data import rows_of_step
+from llmt_train.fit import fit
+from llmt_train.metrics import read_metrics
+from llmt_train.setup import open_data
 
-STEP = {"step": 1, "loss": 2.5, "lr": 1e-3, "tokens_per_s": 1234.5}
-EVALUATION = {"step": 0, "eval": {"loss": 3.0, "targets": 5, "sources": {"web[x]": {"loss": 3.0, "targets": 5}}}}
-
-
-def write_lines(directory: Path, steps: list[int], tail: str = "") -> None:
-    text = "".join(json.dumps({"step": step, "loss": 0.1 * step}) + "\n" for step in steps)
-    (directory / "metrics.jsonl").write_text(text + tail)
-
-
-def test_every_line_is_visible_at_once(tmp_path: Path) -> None:
-    metrics = MetricsFile(tmp_path, 0)
-    metrics.write({"step": 1, "loss": 0.1})
-    assert read_metrics(tmp_path) == [{"step": 1, "loss": 0.1}]
-    metrics.sync()
-    metrics.close()
+LLAMA = {
+    "model_type": "llama", "vocab_size": WORDS, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}  # fmt: skip
 
 
-def test_a_resumed_run_cuts_off_what_lies_beyond_its_checkpoint(tmp_path: Path) -> None:
-    write_lines(tmp_path, [0, 1, 2, 3, 4])
-    metrics = MetricsFile(tmp_path, 2)
-    metrics.write({"step": 3, "loss": 7.0})
-    metrics.close()
-    assert [record["step"] for record in read_metrics(tmp_path)] == [0, 1, 2, 3]
-    assert read_metrics(tmp_path)[-1]["loss"] == 7.0
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data") / "tiny")
 
 
-def test_floats_survive_the_cut_bit_for_bit(tmp_path: Path) -> None:
-    write_lines(tmp_path, [1, 2, 3])
-    before = read_metrics(tmp_path)
-    MetricsFile(tmp_path, 3).close()
-    assert read_metrics(tmp_path) == before
+def make_config(data: Path, output: Path, **changes: Any) -> RunConfig:
+    settings = {
+        "task": "pretrain", "model": {"from_config": LLAMA}, "data": data, "output": output,
+        "batch": {"tokens": 5 * 16, "micro_rows": 2}, "train": {"steps": 12, "seed": 3}, "optim": {"lr": 1e-2},
+        "eval": {"every": 2}, "save": {"every": 2, "keep": 1, "keep_best": 2},
+    }  # fmt: skip
+    return RunConfig.model_validate(settings | changes)
 
 
-def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path: Path) -> None:
-    write_lines(tmp_path, [1, 2], tail='{"step": 3, "lo')
-    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
-    MetricsFile(tmp_path, 3).close()
-    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 2
+def steps(output: Path) -> list[dict[str, Any]]:
+    return [record for record in read_metrics(output) if "loss" in record]
 
 
-def test_a_run_from_the_start_has_an_empty_curve(tmp_path: Path) -> None:
-    write_lines(tmp_path, [0, 1])
-    MetricsFile(tmp_path, 0).close()
-    assert read_metrics(tmp_path) == []
+def held_out(output: Path) -> dict[int, float]:
+    return {record["step"]: record["eval"]["loss"] for record in read_metrics(output) if "eval" in record}
 
 
-def report(monkeypatch: pytest.MonkeyPatch, *, terminal: bool) -> tuple[Reporter, io.StringIO]:
-    stream = io.StringIO()
-
-    def console(**options: object) -> Console:
-        assert options.pop("file") is sys.stderr
-        return Console(file=stream, force_terminal=terminal, width=150, **options)
-
-    monkeypatch.setattr(progress, "Console", console)
-    return Reporter(10, 0), stream
+def kept(output: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (output / "checkpoints").iterdir())
 
 
-def test_off_a_terminal_there_are_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    reporter, stream = report(monkeypatch, terminal=False)
-    reporter.evaluation(EVALUATION)
-    for step in range(1, 11):
-        reporter.step(STEP | {"step": step})
-    reporter.close()
-    lines = stream.getvalue().splitlines()
-    assert lines[0] == "step 0/10  held out: loss 3.0000  (web[x] 3.0000)"
-    assert lines[1].startswith("step 1/10  loss 2.5000  lr 1.00e-03  1,234 tokens/s  ETA ")
-    assert lines[2].startswith("step 10/10")  # the last one always, those between only every few seconds
-    assert len(lines) == 3
-    assert "\x1b" not in stream.getvalue()
+def test_a_step_says_what_it_took(data, tmp_path):
+    fit(make_config(data, tmp_path / "run", train={"epochs": 0.9, "seed": 3}))  # the last step is short
+    records = steps(tmp_path / "run")
+    assert list(records[0]) == [
+        "step", "epoch", "loss", "lr", "grad_norm", "nll", "perplexity", "tokens", "rows", "tokens_per_s", "tflops",
+        "fill", "data_wait", "peak_memory",
+    ]  # fmt: skip
+    assert [record["tokens"] for record in records] == [16 * record["rows"] for record in records]
+    assert records[-1]["rows"] == 22
+    assert all(0 <= record["data_wait"] <= 1 and record["peak_memory"] > 1e6 for record in records)
 
 
-def test_on_a_terminal_there_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    reporter, stream = report(monkeypatch, terminal=True)
-    reporter.step(STEP)
-    reporter.evaluation(EVALUATION)
-    reporter.close()
-    assert "1/10" in stream.getvalue()
-    assert "loss 2.5000" in stream.getvalue()
-    assert "held out: loss 3.0000" in stream.getvalue()
+def test_the_fill_of_a_step_is_that_of_its_rows(data, tmp_path):
+    config = make_config(data, tmp_path / "run", train={"epochs": 0.9, "seed": 3})
+    fit(config)
+    _, plan = open_data(config)
+    split = open_dataset(data).train
+    for step, record in enumerate(steps(tmp_path / "run")):
+        rows = rows_of_step(plan, step)
+        assert record["fill"] == split.segments(rows).length.sum() / (len(rows) * 16)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_is_a_request(number: signal.Signals, capfd: pytest.CaptureFixture[str]) -> None:
-    before = signal.getsignal(number)
-    with StopRequest() as stop:
-        assert stop.signal_name is None
-        os.kill(os.getpid(), number)
-        assert stop.signal_name == number.name
-    assert signal.getsignal(number) == before
-    assert "saving" in capfd.readouterr().err
+def test_the_time_of_evaluating_and_saving_is_no_steps(data, tmp_path, monkeypatch):
+    evaluate, write = callbacks.evaluate, checkpoints.WeightsFile.save_checkpoint
+
+    def slow(function):
+        def called(*arguments: Any, **options: Any) -> Any:
+            time.sleep(0.5)
+            return function(*arguments, **options)
+
+        return called
+
+    monkeypatch.setattr(callbacks, "evaluate", slow(evaluate))
+    monkeypatch.setattr(checkpoints.WeightsFile, "save_checkpoint", slow(write))
+    fit(make_config(data, tmp_path / "run", train={"steps": 5, "seed": 3}))
+    assert all(record["tokens_per_s"] > 80 / 0.5 for record in steps(tmp_path / "run"))
 
 
-def test_a_second_interrupt_leaves_at_once_with_130() -> None:
-    program = (
-        "import time; from llmt_train.stopping import StopRequest\n"
-        "with StopRequest(): print('on', flush=True); time.sleep(60)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout is not None
-    process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.3)
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
-    assert process.returncode == 130
+def test_a_request_to_stop_is_heard_while_it_evaluates(data, tmp_path, monkeypatch):
+    evaluate = callbacks.evaluate
+
+    def evaluate_and_ask(module, *rest):
+        if module.trainer.global_step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(module, *rest)
+
+    monkeypatch.setattr(callbacks, "evaluate", evaluate_and_ask)
+    with pytest.raises(Stopped, match="saved at step 4"):
+        fit(make_config(data, tmp_path / "run", save={"every": 100}))
+
+
+def test_a_checkpoint_knows_its_held_out_loss(data, tmp_path):
+    fit(make_config(data, tmp_path / "run", save={"every": 2, "keep": 9}))
+    losses = held_out(tmp_path / "run")
+    for step in (2, 4, 6, 8, 10, 12):
+        folder = tmp_path / "run" / "checkpoints" / f"step-{step:08d}"
+        assert checkpoints.read_state(folder).eval_loss == losses[step]
+
+
+def test_one_of_a_stopped_step_has_none(data, tmp_path):
+    interrupt(make_config(data, tmp_path / "run", eval={"every": 100}, save={"every": 100}), 3, signal.SIGTERM)
+    assert checkpoints.read_state(checkpoints.find_checkpoint(tmp_path / "run")).eval_loss is None
+
+
+OVERFITTING = {"optim": {"lr": 0.3, "schedule": "constant", "clip": None}, "train": {"steps": 12, "seed": 3}}
+"""The held-out loss falls and rises."""
+
+
+def test_the_best_checkpoints_stay_and_the_result_names_the_best(data, tmp_path):
+    result = fit(make_config(data, tmp_path / "run", **OVERFITTING))
+    losses = {step: loss for step, loss in held_out(tmp_path / "run").items() if step}
+    best = sorted(losses, key=lambda step: losses[step])[:2]
+    assert best != [12, 10]  # else it would be no test
+    assert kept(tmp_path / "run") == sorted({*best, 12})
+    assert (result.best, result.best_eval_loss) == (
+        str(tmp_path / "run" / "checkpoints" / f"step-{best[0]:08d}"), losses[best[0]],
+    )  # fmt: skip
+
+
+def test_a_killed_run_keeps_the_checkpoints_of_a_whole_one(data, tmp_path):
+    whole = fit(make_config(data, tmp_path / "whole", **OVERFITTING))
+    config = make_config(data, tmp_path / "run", **OVERFITTING)
+    interrupt(config, 5)
+    interrupt(config, 9)
+    result = fit(config)
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+    assert kept(tmp_path / "run") == kept(tmp_path / "whole")
+    assert result.best_eval_loss == whole.best_eval_loss
+
+
+def test_without_keep_best_none_is_named(data, tmp_path):
+    result = fit(make_config(data, tmp_path / "run", save={"every": 2, "keep": 3}))
+    assert (result.best, result.best_eval_loss) == (None, None)
+    assert kept(tmp_path / "run") == [8, 10, 12]

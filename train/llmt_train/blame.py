@@ -84,7 +84,7 @@ def spike_message(setup: Setup, line: dict[str, Any]) -> str:
     )
     return (
         f"warning: step {line['step']}: the loss is {line['loss']:.4f}, where {spike['usual']:.4f} was usual and "
-        f"{spike['limit']:.4f} is the limit; it comes most from {pieces}. {_inspect(setup, spike['pieces'][0]['row'])}"
+        f"{spike['limit']:.4f} is the limit; it comes most from {pieces}.{_look(setup, spike['pieces'][0]['row'])}"
     )
 
 
@@ -110,8 +110,8 @@ def not_finite_message(setup: Setup, step: int, norm: float, parts: list[StepPar
     ]
     return (
         f"step {step}: {what}; stopped before it reached the weights. Rows {_shorten(rows, len(rows))}; documents "
-        f"{_shorten(names, len(documents))}. {_inspect(setup, rows[0])}; "
-        f"a lower optim.lr or a longer optim.warmup mends most such runs"
+        f"{_shorten(names, len(documents))}.{_look(setup, rows[0])} "
+        "A lower optim.lr or a longer optim.warmup mends most such runs"
     )
 
 
@@ -154,9 +154,12 @@ def _named(document: str, file: str | None, record: int | None) -> str:
     return escaped(document if file is None else f"{document} ({file} record {record})")
 
 
-def _inspect(setup: Setup, row: int) -> str:
+def _look(setup: Setup, row: int) -> str:
+    """The command that shows a row, as a sentence of its own; nothing for synthetic rows, which are nowhere."""
+    if setup.dataset.tokenizer_dir is None:
+        return ""
     command = shlex.join(["llmt-prep", "inspect", str(setup.dataset.path), "--row", str(row)])
-    return f"`{command}` shows it"
+    return f" `{command}` shows it."
 
 
 def _shorten(items: list[Any], number: int) -> str:

@@ -1,7 +1,7 @@
-"""What happens around an optimizer step, in one place and one order: check, clip, log, evaluate, save, stop."""
+"""What happens around an optimizer step, in one place and one order: check, clip, log, evaluate, sample, save, stop."""
 
 import math
-import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +11,17 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from llmt_shared.errors import DataError
-from llmt_train.data import rows_consumed, rows_of_step
+from llmt_train.blame import describe_spike, not_finite_message, spike_message
+from llmt_train.data import rows_consumed
 from llmt_train.evaluation import Record, evaluate, with_perplexity
+from llmt_train.loggers import Loggers, eval_values, train_values
 from llmt_train.metrics import MetricsFile
-from llmt_train.module import StepPart, TrainModule
+from llmt_train.module import TrainModule
 from llmt_train.progress import Reporter
+from llmt_train.samples import Sampler, describe_sample, write_samples
 from llmt_train.setup import Setup
+from llmt_train.spikes import usual
+from llmt_train.step_record import Meter
 from llmt_train.stopping import StopRequest
 
 
@@ -26,10 +31,17 @@ class Run:
 
     setup: Setup
     metrics: MetricsFile
+    loggers: Loggers
     reporter: Reporter
     stop: StopRequest
-    save: Callable[[pl.Trainer, int], None]
-    """Writes the checkpoint of a step and prunes older ones."""
+    meter: Meter
+    losses: deque[float]
+    """Of the newest steps, as many as say what is usual."""
+    save: Callable[[pl.Trainer, int, float | None], None]
+    """Writes the checkpoint of a step, which knows its held-out loss where there is one, and prunes older ones."""
+    sampler: Sampler | None = None
+    samples: MetricsFile | None = None
+    """Where the sampler's texts go."""
 
 
 @dataclass
@@ -38,7 +50,6 @@ class StepCallback(Callback):
 
     run: Run
     _record: Record | None = None
-    _clock: float = 0.0
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Record) -> None:
         """Count the batches done in this run's micro-batches: their number may have changed since the checkpoint."""
@@ -54,7 +65,8 @@ class StepCallback(Callback):
         _set_learning_rate(trainer)
         if trainer.global_step == 0:
             self._evaluate(trainer, pl_module, 0)
-        self._clock = time.monotonic()
+            self._sample(trainer, pl_module, 0)
+        self.run.meter.start()
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
@@ -64,59 +76,84 @@ class StepCallback(Callback):
         measures = pl_module.step_measures()
         norm = _clip(pl_module, self.run.setup.config.optim.clip) if math.isfinite(measures["loss"]) else math.nan
         if not math.isfinite(norm):
-            raise DataError(_not_finite(self.run.setup, trainer.global_step, norm, pl_module.step_parts))
+            raise DataError(not_finite_message(self.run.setup, trainer.global_step + 1, norm, pl_module.step_parts))
         self._record = {"loss": measures.pop("loss"), "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm}
         self._record |= with_perplexity(measures)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """After a step's last micro-batch: log, evaluate, save, stop."""
-        del outputs, batch, batch_idx
+        """After a step's last micro-batch: log, evaluate, sample, save, stop."""
+        del outputs, batch_idx
+        self.run.meter.add(batch)
         if self._record is None:
             return
         step, record = trainer.global_step, self._record
         self._record = None
         self._log(trainer, step, record)
+        if self._after_step(trainer, pl_module, step):
+            self.run.meter.start()
+
+    def _after_step(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> bool:
+        """Do what is due now; return whether anything was."""
         config = self.run.setup.config
         is_last = step == self.run.setup.plan.total_steps
-        if is_last or _is_due(step, config.eval.every):
-            self._evaluate(trainer, pl_module, step)
-        is_asked_to_stop = self.run.stop.signal_name is not None
-        if is_last or is_asked_to_stop or _is_due(step, config.save.every):
-            self.run.metrics.sync()
-            self.run.save(trainer, step)
+        evaluates = is_last or _is_due(step, config.eval.every)
+        samples = config.sample is not None and (is_last or _is_due(step, config.sample.every))
+        loss = self._evaluate(trainer, module, step) if evaluates else None
+        if samples:
+            self._sample(trainer, module, step)
+        is_asked_to_stop = self.run.stop.signal_name is not None  # perhaps just now, while it evaluated
+        saves = is_last or is_asked_to_stop or _is_due(step, config.save.every)
+        if saves:
+            self._save(trainer, step, loss)
         if is_asked_to_stop:
             trainer.should_stop = True
-        self._clock = time.monotonic()
+        return evaluates or samples or saves
 
     def _log(self, trainer: pl.Trainer, step: int, record: Record) -> None:
         plan = self.run.setup.plan
-        before, rows = rows_consumed(plan, step - 1), rows_consumed(plan, step)
-        seconds = max(time.monotonic() - self._clock, 1e-9)
-        line = {
-            "step": step,
-            "epoch": rows / plan.num_rows,
-            **record,
-            "tokens": rows * plan.length,
-            "rows": rows,
-            "tokens_per_s": round((rows - before) * plan.length / seconds, 1),
-        }
+        line = {"step": step, "epoch": rows_consumed(plan, step) / plan.num_rows, **record, **self.run.meter.read(step)}
+        self._look_for_spike(trainer.lightning_module, line)
         self.run.metrics.write(line)
         self.run.reporter.step(line)
-        _to_loggers(trainer, {f"train/{key}": value for key, value in line.items() if key != "step"}, step)
+        self.run.loggers.log("train", step, train_values(line))
 
-    def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
+    def _look_for_spike(self, module: pl.LightningModule, line: Record) -> None:
+        """Mark a step's line, and warn, where its loss is far above what was usual before it."""
+        before, setup = usual(self.run.losses), self.run.setup
+        self.run.losses.append(line["loss"])
+        if before is not None and line["loss"] > before.limit:
+            assert isinstance(module, TrainModule)
+            line["spike"] = describe_spike(setup, line["step"], line["loss"], before, module.step_parts)
+            self.run.reporter.note(spike_message(setup, line))
+
+    def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> float | None:
+        """Return the held-out loss; ``None`` where nothing is held out."""
         if "validation" not in self.run.setup.splits:
-            return
+            return None
         assert isinstance(pl_module, TrainModule)
         result = evaluate(pl_module, self.run.setup, "validation")
         line = {"step": step, "eval": result}
         self.run.metrics.write(line)
         self.run.reporter.evaluation(line)
-        scores = {f"eval/{name}": source["loss"] for name, source in result["sources"].items()}
-        total = {f"eval/{name}": value for name, value in result.items() if isinstance(value, float)}
-        _to_loggers(trainer, total | scores, step)
+        self.run.loggers.log("eval", step, eval_values(result))
+        return float(result["loss"])
+
+    def _sample(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
+        if self.run.sampler is None or self.run.samples is None:
+            return
+        assert isinstance(module, TrainModule)
+        for line in write_samples(self.run.sampler, self.run.setup, module, step):
+            self.run.samples.write(line)
+            self.run.reporter.note(describe_sample(line, self.run.setup.plan.total_steps))
+
+    def _save(self, trainer: pl.Trainer, step: int, eval_loss: float | None) -> None:
+        """Write a checkpoint, after the lines that lead to it are on the disk."""
+        for file in (self.run.metrics, self.run.samples):
+            if file is not None:
+                file.sync()
+        self.run.save(trainer, step, eval_loss)
 
 
 def _is_due(step: int, every: int | None) -> bool:
@@ -137,36 +174,3 @@ def _clip(module: torch.nn.Module, largest: float | None) -> float:
     """Scale the gradient down to a 2-norm of at most ``largest``; return the norm that it had."""
     parameters = [parameter for parameter in module.parameters() if parameter.grad is not None]
     return torch.nn.utils.clip_grad_norm_(parameters, math.inf if largest is None else largest).item()
-
-
-def _not_finite(setup: Setup, step: int, norm: float, parts: list[StepPart]) -> str:
-    """Name the rows and documents of the step: of those micro-batches that are to blame, where that is known."""
-    losses = [part.measures["loss"].item() for part in parts]
-    loss = sum(losses)
-    what = f"the loss is {loss:.4f}" + (f", but the norm of its gradient {norm}" if math.isfinite(loss) else "")
-    plan, rows = setup.plan, rows_of_step(setup.plan, step).tolist()
-    blamed = [
-        row
-        for micro, part in enumerate(losses)
-        if not math.isfinite(part)
-        for row in rows[micro * plan.micro_rows : (micro + 1) * plan.micro_rows]
-    ] or rows
-    table = setup.dataset.train.segments(blamed[:8])
-    pairs = zip(table.source.tolist(), table.document.tolist(), strict=True)
-    documents = dict.fromkeys(f"{setup.dataset.sources[source]}:{document}" for source, document in pairs)
-    is_on_disk = setup.dataset.tokenizer_dir is not None
-    look = f"`llmt-prep inspect {setup.dataset.path} --row {blamed[0]}` shows a row; " if is_on_disk else ""
-    return (
-        f"step {step + 1}: {what}; stopped before it reached the weights. Rows {_shorten(blamed)}; documents "
-        f"{_shorten(list(documents))}. {look}a lower optim.lr or a longer optim.warmup mends most such runs"
-    )
-
-
-def _shorten(items: list[Any]) -> str:
-    more = f" and {len(items) - 8} more" if len(items) > 8 else ""
-    return ", ".join(str(item) for item in items[:8]) + more
-
-
-def _to_loggers(trainer: pl.Trainer, metrics: dict[str, float], step: int) -> None:
-    for logger in trainer.loggers:
-        logger.log_metrics(metrics, step)

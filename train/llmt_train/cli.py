@@ -76,7 +76,8 @@ def fit(
         return
     held_out = "" if result.eval_loss is None else f", held out {result.eval_loss:.4f}"
     losses = ("loss unknown (no metrics.jsonl)" if result.loss is None else f"loss {result.loss:.4f}") + held_out
-    typer.echo(f"{result.steps} steps, {result.tokens:,} tokens: {losses} -> {result.checkpoint}")
+    best = "" if result.best is None else f"; best held out {result.best_eval_loss:.4f} -> {result.best}"
+    typer.echo(f"{result.steps} steps, {result.tokens:,} tokens: {losses} -> {result.checkpoint}{best}")
 
 
 @app.command()

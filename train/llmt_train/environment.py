@@ -21,7 +21,7 @@ def environment() -> dict[str, Any]:
         "device": devices[0]["name"] if devices else platform.machine(),
         "devices": devices,
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version() if devices else None,
+        "cudnn": torch.backends.cudnn.version() if devices else None,  # type: ignore[no-untyped-call]
         "driver": _driver(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -1,6 +1,8 @@
 """One training run: everything is checked before the first step, then Lightning's loop runs to the end or a stop."""
 
+import math
 import shutil
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -10,7 +12,6 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from llmt_shared.errors import ConfigError, Stopped
 from llmt_shared.progress import say
@@ -20,18 +21,28 @@ from llmt_train.config import RunConfig
 from llmt_train.data import Plan, Prefetched, rows_consumed, train_batches
 from llmt_train.lock import NAME as LOCK
 from llmt_train.lock import locked
+from llmt_train.loggers import FOLDERS as LOGGER_FOLDERS
+from llmt_train.loggers import NAME as LOGGERS
+from llmt_train.loggers import check_packages, telling
 from llmt_train.metrics import NAME as METRICS
 from llmt_train.metrics import MetricsFile, read_metrics
 from llmt_train.module import TrainModule
 from llmt_train.optim import build_optimizer
 from llmt_train.progress import Reporter
 from llmt_train.quiet import quiet_lightning, quiet_transformers
+from llmt_train.runlog import NAME as RUN_LOG
+from llmt_train.runlog import RunLog
+from llmt_train.samples import NAME as SAMPLES
+from llmt_train.samples import Sampler, prepare_sampler
 from llmt_train.schedule import build_scheduler
 from llmt_train.setup import Setup, describe, set_up, uses_bf16
+from llmt_train.spikes import WINDOW, recent_losses
+from llmt_train.step_record import Meter, flops_of, peak_of_this_device
 from llmt_train.stopping import StopRequest
 
-_FOLDERS = ("checkpoints", "tokenizer", "tensorboard")
-"""What a run makes in its output, beside metrics.jsonl and the lock file."""
+_FOLDERS = ("checkpoints", "tokenizer", *LOGGER_FOLDERS)
+_FILES = (METRICS, SAMPLES, RUN_LOG, LOGGERS)
+"""What a run makes in its output, beside the lock file."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,9 @@ class FitResult:
     """On the validation split after the last step; ``None`` without one."""
     resumed_from: int | None
     """Step of the checkpoint that this call started from; ``None`` for a run from the start."""
+    best: str | None = None
+    """The checkpoint with the lowest held-out loss; ``None`` without ``save.keep_best``."""
+    best_eval_loss: float | None = None
 
 
 def fit(config: RunConfig, *, force: bool = False) -> FitResult:
@@ -65,23 +79,27 @@ def fit(config: RunConfig, *, force: bool = False) -> FitResult:
         Stopped: asked to stop, or the disk is full; running again resumes.
     """
     with ExitStack() as stack:
+        log = stack.enter_context(RunLog())
         stack.enter_context(quiet_lightning())
         stack.enter_context(quiet_transformers())
         stop = stack.enter_context(StopRequest())
+        check_packages(config)
         setup = set_up(config)
-        plan = setup.plan
+        sampler, plan = prepare_sampler(setup), setup.plan
         stack.enter_context(_locked(config.output))
         if force:
             _remove_run(config.output)
         start = _resume_point(setup)
         step = checkpoints.read_state(start).step if start else 0
+        is_finished = start is not None and step == plan.total_steps
+        if not is_finished:
+            log.open(config.output)
         say(describe(setup, step))
-        if start is None or step < plan.total_steps:
+        if not is_finished:
             with checkpoints.stopped_by_full_disk(config.output):
-                _train(setup, stop, start, step)
-    if stop.signal_name is not None and _last_step(config.output) < plan.total_steps:
-        saved = _last_step(config.output)
-        raise Stopped(f"{config.output}: saved at step {saved}; run the same command again to resume")
+                _train(setup, sampler, stop, start, step)
+        if stop.signal_name is not None and (saved := _last_step(config.output)) < plan.total_steps:
+            raise Stopped(f"{config.output}: saved at step {saved}; run the same command again to resume")
     return _result(config, plan, step if start else None)
 
 
@@ -99,7 +117,7 @@ def _resume_point(setup: Setup) -> Path | None:
     return newest
 
 
-def _state(setup: Setup, step: int) -> checkpoints.State:
+def _state(setup: Setup, step: int, eval_loss: float | None = None) -> checkpoints.State:
     return checkpoints.State(
         step=step,
         rows_consumed=rows_consumed(setup.plan, step),
@@ -107,24 +125,38 @@ def _state(setup: Setup, step: int) -> checkpoints.State:
         digest=setup.dataset.digest,
         seed=setup.plan.seed,
         base=setup.base,
+        eval_loss=eval_loss if eval_loss is not None and math.isfinite(eval_loss) else None,
     )
 
 
-def _train(setup: Setup, stop: StopRequest, start: Path | None, step: int) -> None:
+def _train(setup: Setup, sampler: Sampler | None, stop: StopRequest, start: Path | None, step: int) -> None:
     config, plan = setup.config, setup.plan
     if setup.dataset.tokenizer_dir is not None:
         checkpoints.copy_files(setup.dataset.tokenizer_dir, config.output / "tokenizer")
     with ExitStack() as stack:
+        loggers = stack.enter_context(telling(config, step))
         metrics = MetricsFile(config.output, step)
         stack.callback(metrics.close)
+        samples = MetricsFile(config.output, step, SAMPLES) if sampler is not None else None
+        if samples is not None:
+            stack.callback(samples.close)
         reporter = Reporter(plan.total_steps, step)
         stack.callback(reporter.close)
         batches = Prefetched(partial(train_batches, setup.dataset.train, plan, step, setup.pairing["train"]))
         stack.callback(batches.close)
-        callback = StepCallback(Run(setup, metrics, reporter, stop, partial(_save, setup)))
-        trainer = _trainer(config, plan, callback, step)
+        meter = Meter(
+            plan, flops_of(setup.model), peak_of_this_device(_computes_in_bf16(config)), lambda: batches.waited
+        )
+        losses = deque(recent_losses(read_metrics(config.output)), maxlen=WINDOW)
+        save = partial(_save, setup)
+        run = Run(setup, metrics, loggers, reporter, stop, meter, losses, save, sampler, samples)
         checkpoint = start and start / checkpoints.WEIGHTS
+        trainer = _trainer(config, plan, StepCallback(run))
         trainer.fit(build_module(setup), batches, ckpt_path=checkpoint, weights_only=True)
+
+
+def _computes_in_bf16(config: RunConfig) -> bool:
+    return uses_bf16(config) or config.precision == "bf16-true"
 
 
 def build_module(setup: Setup) -> TrainModule:
@@ -149,12 +181,12 @@ def build_module(setup: Setup) -> TrainModule:
     )
 
 
-def _save(setup: Setup, trainer: pl.Trainer, step: int) -> None:
+def _save(setup: Setup, trainer: pl.Trainer, step: int, eval_loss: float | None) -> None:
     config, model = setup.config, setup.model
     generation = model.generation_config
     checkpoints.save_checkpoint(
         config.output,
-        _state(setup, step),
+        _state(setup, step, eval_loss),
         {
             checkpoints.RUN_CONFIG: config.model_dump(mode="json"),
             checkpoints.MODEL_CONFIG: model.config.to_dict(),
@@ -162,14 +194,10 @@ def _save(setup: Setup, trainer: pl.Trainer, step: int) -> None:
         },
         trainer.save_checkpoint,
     )
-    checkpoints.prune(config.output, config.save.keep)
+    checkpoints.prune(config.output, config.save.keep, config.save.keep_best)
 
 
-def _trainer(config: RunConfig, plan: Plan, callback: StepCallback, step: int) -> pl.Trainer:
-    loggers = []
-    if "tensorboard" in config.log:
-        # purge_step hides what a killed run wrote beyond the checkpoint that this one starts from
-        loggers.append(TensorBoardLogger(config.output, name="tensorboard", version="", purge_step=step + 1))
+def _trainer(config: RunConfig, plan: Plan, callback: StepCallback) -> pl.Trainer:
     return pl.Trainer(
         accelerator="cuda" if torch.cuda.is_available() else "cpu",
         devices=1,
@@ -180,7 +208,7 @@ def _trainer(config: RunConfig, plan: Plan, callback: StepCallback, step: int) -
         max_epochs=-1,
         accumulate_grad_batches=plan.accumulation,
         callbacks=[callback],
-        logger=loggers or False,
+        logger=False,  # see `loggers`
         default_root_dir=config.output,
         limit_val_batches=0,
         num_sanity_val_steps=0,
@@ -195,6 +223,7 @@ def _result(config: RunConfig, plan: Plan, resumed_from: int | None) -> FitResul
     loss = next((record["loss"] for record in reversed(records) if "loss" in record), None)
     evaluation = next((record["eval"] for record in reversed(records) if "eval" in record), None)
     newest = checkpoints.newest_checkpoint(config.output)
+    best = next(iter(checkpoints.best_checkpoints(config.output, min(config.save.keep_best, 1))), None)
     return FitResult(
         output=str(config.output),
         checkpoint=str(newest),
@@ -203,6 +232,8 @@ def _result(config: RunConfig, plan: Plan, resumed_from: int | None) -> FitResul
         loss=loss,
         eval_loss=evaluation["loss"] if evaluation else None,
         resumed_from=resumed_from,
+        best=str(best) if best is not None else None,
+        best_eval_loss=checkpoints.read_state(best).eval_loss if best is not None else None,
     )
 
 
@@ -215,7 +246,8 @@ def _remove_run(run_dir: Path) -> None:
     """Remove what a run writes, by name: the folder may hold other things."""
     for name in _FOLDERS:
         shutil.rmtree(run_dir / name, ignore_errors=True)
-    (run_dir / METRICS).unlink(missing_ok=True)
+    for name in _FILES:
+        (run_dir / name).unlink(missing_ok=True)
 
 
 @contextmanager

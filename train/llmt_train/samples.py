@@ -8,16 +8,15 @@ one without.
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from llmt_shared.dataset import Dataset
 from llmt_shared.errors import ConfigError
 from llmt_shared.order import key
 from llmt_shared.terminal import escaped
@@ -25,7 +24,8 @@ from llmt_train.batch import collate
 from llmt_train.head import logits_at
 from llmt_train.models import evaluating
 from llmt_train.module import TrainModule
-from llmt_train.setup import Setup
+from llmt_train.rows import AnyDataset
+from llmt_train.setup import Setup, in_precision
 
 NAME = "samples.jsonl"
 _CONTENT = "llmt"  # an answer whose end a chat template marks
@@ -61,14 +61,15 @@ def prepare_sampler(setup: Setup) -> Sampler | None:
     """Return the run's sampler; ``None`` where the config asks for no samples.
 
     Raises:
-        ConfigError: a prompt has no tokens, or leaves none of the model's positions; the dataset has no tokenizer or
-            no template.
+        ConfigError: a prompt has no tokens, or leaves none of the model's positions; the template takes none.
     """
     config, dataset = setup.config, setup.dataset
     if config.sample is None:
         return None
-    tokenizer, is_chat = _open_tokenizer(dataset), config.task != "pretrain"
-    chat = _Chat(dataset, tokenizer) if is_chat else None
+    folder = dataset.tokenizer_dir
+    assert folder is not None  # the config refuses samples of synthetic rows
+    tokenizer = _open_tokenizer(folder)
+    chat = _Chat(folder, tokenizer) if config.task != "pretrain" else None
     limit = _positions(setup.model.config.get_text_config())
     prompts = []
     for number, text in enumerate(config.sample.prompts):
@@ -80,13 +81,13 @@ def prepare_sampler(setup: Setup) -> Sampler | None:
             raise ConfigError(f"{place}: {len(ids)} tokens, but the model has {limit} positions; wanted a shorter one")
         room = config.sample.max_tokens if limit is None else min(config.sample.max_tokens, limit - len(ids))
         prompts.append(Prompt(text, tuple(ids), room))
-    ends = {dataset.manifest.tokenizer.eos_id, chat.turn_end() if chat is not None else None, *_ends_of(setup.model)}
+    ends = {dataset.tokenizer.eos_id, chat.turn_end() if chat is not None else None, *_ends_of(setup.model)}
     stops = frozenset(end for end in ends if end is not None)
     train = config.train
     return Sampler(tuple(prompts), stops, config.sample.temperature, tokenizer, train.seed, train.compile)
 
 
-def write_samples(sampler: Sampler, trainer: pl.Trainer, module: TrainModule, step: int) -> list[dict[str, Any]]:
+def write_samples(sampler: Sampler, setup: Setup, module: TrainModule, step: int) -> list[dict[str, Any]]:
     """Let the model go on from every prompt, in evaluation mode and the run's arithmetic.
 
     Returns:
@@ -94,7 +95,7 @@ def write_samples(sampler: Sampler, trainer: pl.Trainer, module: TrainModule, st
         ``tokens`` (the same with it, as ids).
     """
     eager = torch.compiler.set_stance("force_eager") if sampler.is_compiled else nullcontext()
-    with evaluating(module), trainer.precision_plugin.val_step_context(), eager:
+    with evaluating(module), in_precision(setup.config), eager:
         texts = generate(sampler, module, step)
     return [
         {"step": step, "prompt": prompt.text, "text": _decode(sampler, ids), "tokens": ids}
@@ -154,25 +155,22 @@ def _decode(sampler: Sampler, ids: list[int]) -> str:
     return sampler.tokenizer.decode(ids[:-1] if ends else ids, skip_special_tokens=False)
 
 
-def _open_tokenizer(dataset: Dataset) -> Tokenizer:
-    path = dataset.tokenizer_dir / "tokenizer.json"
-    if not path.exists():
-        raise ConfigError(f"sample: {path} is missing, so no prompt can be read; remove `sample`")
-    tokenizer = Tokenizer.from_file(str(path))
+def _open_tokenizer(folder: Path) -> Tokenizer:
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
 
 
-def _plain_prompt(dataset: Dataset, tokenizer: Tokenizer, text: str) -> list[int]:
+def _plain_prompt(dataset: AnyDataset, tokenizer: Tokenizer, text: str) -> list[int]:
     """Tokens of a text as packing makes them of a document: control tokens are text; BOS is where documents have it."""
     tokenizer.encode_special_tokens = True
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-    bos = dataset.manifest.tokenizer.bos_id
+    bos = dataset.tokenizer.bos_id
     return [bos, *ids] if bos is not None and _begin_with(dataset, bos) else ids
 
 
-def _begin_with(dataset: Dataset, token: int) -> bool:
+def _begin_with(dataset: AnyDataset, token: int) -> bool:
     """Whether the dataset's documents begin with a token: packing decided, the first of them shows it."""
     for row in range(min(_ROWS_LOOKED_AT, dataset.train.num_rows)):
         table = dataset.train.segments([row])
@@ -186,8 +184,8 @@ def _begin_with(dataset: Dataset, token: int) -> bool:
 class _Chat:
     """The dataset's chat template, rendered in transformers' sandbox."""
 
-    def __init__(self, dataset: Dataset, tokenizer: Tokenizer) -> None:
-        self._template = PreTrainedTokenizerFast.from_pretrained(dataset.tokenizer_dir)
+    def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
+        self._template = PreTrainedTokenizerFast.from_pretrained(folder)
         self._tokenizer = tokenizer
 
     def prompt(self, text: str) -> list[int]:
