@@ -216,6 +216,14 @@ def test_where_no_document_is_to_blame_those_of_the_step_are_named(packed, tmp_p
     assert f"Rows {', '.join(map(str, rows[:8]))} and 4 more; documents " in message
 
 
+def test_synthetic_rows_are_named_but_lie_nowhere_to_be_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setattr(fit_module, "TrainModule", Poisoned)
+    rows = {"synthetic": {"length": 64, "median": 8, "vocab_size": 50}}
+    with pytest.raises(DataError, match=r"step 3: the loss is nan.* Rows \d+; documents \w+:\d+\. A lower") as caught:
+        fit(make_config(rows, tmp_path / "run", batch={"tokens": 320, "micro_rows": 2}))
+    assert "inspect" not in str(caught.value)
+
+
 def test_a_file_name_cannot_steer_a_terminal(spoiled, tmp_path, capsys):
     import pyarrow as pa
     import pyarrow.parquet as pq
