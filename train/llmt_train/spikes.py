@@ -1,8 +1,8 @@
 """When a loss is a spike: far above what it usually is, by a rule that the losses before it decide alone.
 
 So a resumed run, which finds those losses in metrics.jsonl, warns at the same steps. A loss is a spike where it lies
-above the median of the 16 before it by more than seven times the usual rise. OLMo 2's spike score (OLMo team 2024,
-arXiv:2501.00656) also asks for seven deviations, but from a rolling mean and standard deviation, which are raised by an
+above the median of the 16 before it by more than seven times the usual rise. The common rule, so many standard
+deviations above a rolling mean, suits a loss that has settled: both are raised by an
 earlier spike and, for hundreds of steps, by a loss that falls fast as at the start of a run. A rise from one step to
 the next does not see the fall; its 90th percentile is not moved by few spikes, and is large where small batches (of
 pairs, above all) make the losses skewed. Of 20 000 losses that are normally distributed, or means of four pairs, none
