@@ -5,7 +5,9 @@ CRC and the manifest's sha256 are what `llmt-prep verify` checks; opening compar
 """
 
 import json
-from collections.abc import Sequence
+import math
+import mmap
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 
 from llmt_shared.errors import FormatError
 from llmt_shared.manifest import Manifest, TokenizerEntry, read_manifest, wrong_files
-from llmt_shared.segments import Spans, expand
+from llmt_shared.segments import Spans, expand, ranges
 
 CODECS = [
     {"name": "bytes", "configuration": {"endian": "little"}},
@@ -24,6 +26,17 @@ CODECS = [
 ]
 _BLOCK = 1 << 20  # elements that are looked at together
 _MAX_OPEN = 128  # mapped chunk files per array; a map costs a file descriptor and a few kB
+
+
+class RowSegments(NamedTuple):
+    """The segments of some rows, row by row, without where they come from; S of them."""
+
+    per_row: NDArray[np.int64]
+    """[R] segments of each row."""
+    length: NDArray[np.uint32]
+    """[S] tokens."""
+    source: NDArray[np.uint16]
+    """[S] index into the manifest's sources."""
 
 
 class SegmentTable(NamedTuple):
@@ -70,12 +83,27 @@ class PairTable(NamedTuple):
     """[R] targets on the chosen sides of each row."""
 
 
+class _Chunk(NamedTuple):
+    """One chunk file, mapped."""
+
+    values: NDArray[Any]
+    memory: mmap.mmap
+
+
 class ChunkedArray:
     """One Zarr array, read in slices of its first axis; keeps a bounded number of chunk files mapped."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, is_read_in_order: bool = True) -> None:
+        """Read the metadata.
+
+        Args:
+            path: the array's directory.
+            is_read_in_order: let the kernel read ahead. Where elements are read in random order it must not: it would
+                fetch megabytes for each, and more data than fit into memory would push one another out.
+        """
         self.path = path
         self.shape, self.dtype, self.chunk_shape = _read_metadata(path)
+        self._is_read_in_order = is_read_in_order
         self._chunk = lru_cache(maxsize=_MAX_OPEN)(self._map)
 
     def __len__(self) -> int:
@@ -86,31 +114,70 @@ class ChunkedArray:
         start, stop, step = item.indices(len(self))
         if step != 1:
             raise ValueError("only plain slices")
-        parts = []
-        while start < stop:
-            chunk, first = divmod(start, self.chunk_shape[0])
-            last = min(first + stop - start, self.chunk_shape[0])
-            parts.append(self._chunk(chunk)[first:last])
-            start += last - first
-        return np.concatenate(parts) if parts else np.empty((0, *self.shape[1:]), self.dtype)
+        return self._joined(self._views(start, stop))
 
     def take(self, indices: Sequence[int] | NDArray[np.integer]) -> NDArray[Any]:
         """Return ``array[indices]`` of the first axis, in the order asked for."""
         out = np.empty((len(indices), *self.shape[1:]), self.dtype)
-        for place, index in enumerate(indices):
-            if not 0 <= index < len(self):
-                raise IndexError(f"{self.path.name}: {index} is not in 0 .. {len(self)}")
-            chunk, offset = divmod(int(index), self.chunk_shape[0])
-            out[place] = self._chunk(chunk)[offset]
+        for place, (chunk, offset) in enumerate(self._places(indices)):
+            out[place] = self._chunk(chunk).values[offset]
         return out
 
-    def _map(self, chunk: int) -> NDArray[Any]:
+    def gather(self, indices: Sequence[int] | NDArray[np.integer]) -> NDArray[Any]:
+        """The same as `take`, chunk by chunk: faster for many numbers, slower for a few rows."""
+        where = np.asarray(indices, np.int64)
+        if where.size and not 0 <= where.min() <= where.max() < len(self):
+            raise IndexError(f"{self.path.name}: {where.tolist()} are not all in 0 .. {len(self)}")
+        chunks, offsets = np.divmod(where, self.chunk_shape[0])
+        out = np.empty((len(where), *self.shape[1:]), self.dtype)
+        for chunk in np.flatnonzero(np.bincount(chunks)).tolist():
+            mine = np.flatnonzero(chunks == chunk)
+            out[mine] = self._chunk(chunk).values[offsets[mine]]
+        return out
+
+    def slices(self, borders: NDArray[np.int64]) -> NDArray[Any]:
+        """Return ``array[first:last]`` of [n, 2] borders, one after another."""
+        return self.gather(ranges(borders[:, 0], borders[:, 1] - borders[:, 0]))
+
+    def will_need(self, indices: Sequence[int] | NDArray[np.integer]) -> None:
+        """Have the kernel fetch ``array[indices]`` in the background; does nothing where it cannot be told so."""
+        if not hasattr(mmap, "MADV_WILLNEED"):
+            return
+        size = math.prod(self.chunk_shape[1:]) * self.dtype.itemsize
+        for chunk, offset in self._places(indices):
+            before = offset * size % mmap.PAGESIZE
+            self._chunk(chunk).memory.madvise(mmap.MADV_WILLNEED, offset * size - before, size + before)
+
+    def _places(self, indices: Sequence[int] | NDArray[np.integer]) -> Iterator[tuple[int, int]]:
+        """Chunk of each index, and its place there."""
+        num_rows, per_chunk = self.shape[0], self.chunk_shape[0]
+        for index in np.asarray(indices).tolist():  # NumPy's own numbers are slow to reckon with
+            if not 0 <= index < num_rows:
+                raise IndexError(f"{self.path.name}: {index} is not in 0 .. {num_rows}")
+            yield divmod(index, per_chunk)
+
+    def _views(self, start: int, stop: int) -> Iterator[NDArray[Any]]:
+        """Yield ``array[start:stop]`` chunk by chunk."""
+        while start < stop:
+            chunk, first = divmod(start, self.chunk_shape[0])
+            last = min(first + stop - start, self.chunk_shape[0])
+            yield self._chunk(chunk).values[first:last]
+            start += last - first
+
+    def _joined(self, parts: Iterable[NDArray[Any]]) -> NDArray[Any]:
+        return np.concatenate([np.empty((0, *self.shape[1:]), self.dtype), *parts])
+
+    def _map(self, chunk: int) -> _Chunk:
         path = self.path / "c" / "/".join([str(chunk)] + ["0"] * (len(self.shape) - 1))
         try:
-            # The view as a plain ndarray: memmap's own __getitem__ costs microseconds a row.
-            return np.asarray(np.memmap(path, self.dtype, "r", shape=self.chunk_shape))
+            with path.open("rb") as file:
+                memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            values = np.frombuffer(memory, self.dtype, math.prod(self.chunk_shape)).reshape(self.chunk_shape)
         except (OSError, ValueError) as error:
             raise FormatError(f"{path}: cannot be mapped ({error}); run `llmt-prep verify`") from None
+        if not self._is_read_in_order and hasattr(mmap, "MADV_RANDOM"):
+            memory.madvise(mmap.MADV_RANDOM)
+        return _Chunk(values, memory)
 
 
 class Split:
@@ -118,7 +185,7 @@ class Split:
 
     def __init__(self, path: Path, *, has_spans: bool = False, has_pairs: bool = False) -> None:
         self.path = path
-        self._tokens = ChunkedArray(path / "tokens")
+        self._tokens = ChunkedArray(path / "tokens", is_read_in_order=False)
         self.row_targets = ChunkedArray(path / "row_targets")
         self._row_offsets = ChunkedArray(path / "row_offsets")
         self._columns = [ChunkedArray(path / f"segment_{name}") for name in SegmentTable._fields[1:]]
@@ -151,12 +218,22 @@ class Split:
 
     def targets(self, rows: Sequence[int] | NDArray[np.integer]) -> NDArray[np.uint32]:
         """[R] labels that count in the loss."""
-        return self.row_targets.take(rows)
+        return self.row_targets.gather(rows)
+
+    def will_need(self, rows: Sequence[int] | NDArray[np.integer]) -> None:
+        """Begin to fetch the tokens of rows that are to be read soon."""
+        self._tokens.will_need(rows)
+
+    def row_segments(self, rows: Sequence[int] | NDArray[np.integer]) -> RowSegments:
+        """Return what training needs of the segments of some rows, in the order of ``rows``."""
+        borders = self._borders(self._row_offsets, rows)
+        length, _, _, source = self._columns
+        return RowSegments(borders[:, 1] - borders[:, 0], length.slices(borders), source.slices(borders))
 
     def segments(self, rows: Sequence[int] | NDArray[np.integer]) -> SegmentTable:
         """Return the segments of some rows, in the order of ``rows``."""
         borders = self._borders(self._row_offsets, rows)
-        return SegmentTable(np.diff(borders)[:, 0], *(_parts(column, borders) for column in self._columns))
+        return SegmentTable(borders[:, 1] - borders[:, 0], *(column.slices(borders) for column in self._columns))
 
     def spans(self, rows: Sequence[int] | NDArray[np.integer]) -> Spans | None:
         """Return the targets of some rows laid end to end, in the order of ``rows``; ``None`` where all tokens are."""
@@ -165,7 +242,7 @@ class Split:
         offsets, start, length = self._spans
         borders = self._borders(offsets, rows)
         place = np.repeat(np.arange(len(borders)), np.diff(borders)[:, 0]) * int(self.length)
-        return Spans(place + _parts(start, borders), _parts(length, borders).astype(np.int64))
+        return Spans(place + start.slices(borders), length.slices(borders).astype(np.int64))
 
     def pairs(self, rows: Sequence[int] | NDArray[np.integer]) -> PairTable | None:
         """Return the preference pairs of some rows, in the order of ``rows``; ``None`` where the dataset has none."""
@@ -175,7 +252,7 @@ class Split:
         borders, of_rows = self._borders(offsets, rows), self._borders(self._row_offsets, rows)
         per_row, num_segments = np.diff(borders)[:, 0], np.diff(of_rows)[:, 0]
         shift = np.cumsum(num_segments) - num_segments - of_rows[:, 0]  # from numbers in the split to those in the rows
-        numbers = _parts(segments, borders).astype(np.int64)
+        numbers = segments.slices(borders).astype(np.int64)
         return PairTable(per_row, numbers + np.repeat(shift, per_row)[:, None], numbers, chosen_targets.take(rows))
 
     def longest_segment(self) -> int:
@@ -186,10 +263,8 @@ class Split:
 
     def _borders(self, offsets: ChunkedArray, rows: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int64]:
         """[R, 2] first and last of what each row owns."""
-        borders = [offsets[int(row) : int(row) + 2] for row in rows]
-        if any(row < 0 or len(border) != 2 for row, border in zip(rows, borders, strict=True)):
-            raise IndexError(f"{self.path}: rows {list(rows)} are not all in 0 .. {self.num_rows}")
-        return np.array(borders, np.int64).reshape(-1, 2)
+        first = np.asarray(rows, np.int64)
+        return offsets.gather(np.stack([first, first + 1], axis=1).ravel()).reshape(-1, 2)
 
 
 @dataclass(frozen=True)
@@ -244,11 +319,6 @@ def open_dataset(path: Path | str) -> Dataset:
 
 def _arrays(path: Path, *names: str) -> tuple[ChunkedArray, ...]:
     return tuple(ChunkedArray(path / name) for name in names)
-
-
-def _parts(array: ChunkedArray, borders: NDArray[np.int64]) -> NDArray[Any]:
-    """Slices of an array, one after another."""
-    return np.concatenate([array[first:last] for first, last in borders.tolist()] or [array[0:0]])
 
 
 def _read_metadata(path: Path) -> tuple[tuple[int, ...], np.dtype[Any], tuple[int, ...]]:

@@ -121,6 +121,45 @@ def test_rows_are_taken_in_the_order_asked_for(rows):
         assert np.array_equal(ChunkedArray(Path(folder)).take(rows), tokens[np.array(rows, int)])
 
 
+@given(st.lists(st.integers(0, 9), max_size=20))
+def test_rows_that_are_gathered_are_those_that_are_taken(rows):
+    """With repeats, in any order, from some or all of four chunks."""
+    tokens = np.arange(40, dtype=np.uint16).reshape(10, 4)
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokens(Path(folder), tokens, 3)
+        found = ChunkedArray(Path(folder)).gather(rows)
+    assert found.dtype == tokens.dtype
+    assert np.array_equal(found, tokens[np.array(rows, int)])
+
+
+@given(st.lists(st.tuples(st.integers(0, 10), st.integers(0, 10)).map(sorted), max_size=6))
+def test_slices_come_one_after_another(borders):
+    tokens = np.arange(20, dtype=np.uint16).reshape(10, 2)
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokens(Path(folder), tokens, 3)
+        found = ChunkedArray(Path(folder)).slices(np.array(borders, np.int64).reshape(-1, 2))
+    assert found.tolist() == [row for first, last in borders for row in tokens[first:last].tolist()]
+
+
+@pytest.mark.parametrize("index", [-1, 10])
+def test_what_is_not_there_is_an_index_error_however_it_is_read(tmp_path, index):
+    write_tokens(tmp_path, np.zeros((10, 4), np.uint16), 3)
+    array = ChunkedArray(tmp_path)
+    for read in (array.take, array.gather, array.will_need):
+        with pytest.raises(IndexError):
+            read([2, index])
+
+
+@pytest.mark.parametrize("length", [3, 1000])
+def test_rows_that_were_asked_for_ahead_are_the_same(tmp_path, length):
+    """Rows that begin and end inside pages, or cross them, to the last one of the file."""
+    tokens = np.random.default_rng(0).integers(9, size=(9, length), dtype=np.uint16)
+    write_tokens(tmp_path, tokens, 3)
+    array = ChunkedArray(tmp_path, is_read_in_order=False)
+    array.will_need(range(9))
+    assert np.array_equal(array.take(range(9)), tokens)
+
+
 def test_a_row_is_expanded(dataset_path):
     row = open_dataset(dataset_path).train[0]
     assert row.tokens.tolist() == [1, 2, 3, 4, 5, 0]
@@ -150,6 +189,13 @@ def test_segments_come_in_the_order_of_the_rows_asked_for(dataset_path):
     table = open_dataset(dataset_path).train.segments([2, 3, 0])
     assert table.per_row.tolist() == [3, 0, 2]
     assert table.length.tolist() == [1, 1, 1, 3, 2]
+
+
+def test_what_training_reads_of_segments_is_in_the_whole_table(dataset_path):
+    train = open_dataset(dataset_path).train
+    table, rows = train.segments([2, 3, 0]), train.row_segments([2, 3, 0])
+    for name in rows._fields:
+        assert getattr(rows, name).tolist() == getattr(table, name).tolist()
 
 
 @pytest.mark.parametrize("row", [4, -1, -3, 10**9])

@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmt_shared.segments import IGNORE, Spans, count_targets, expand
+from llmt_shared.segments import (
+    IGNORE,
+    Spans,
+    count_targets,
+    expand,
+    label_places,
+    labels,
+    lay_out,
+    ranges,
+)
 
 LENGTH = 12
 
@@ -65,6 +74,58 @@ def test_label_is_the_next_token_of_the_same_segment(case):
         for place, (number, index, length) in enumerate(places(rows))
     ]
     assert expand_rows(tokens, rows).labels.tolist() == wanted
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 5)), max_size=9))
+def test_ranges_count_up_one_after_another(pairs):
+    first, count = (np.array(column, np.int64) for column in (zip(*pairs, strict=True) if pairs else ([], [])))
+    assert ranges(first, count).tolist() == [number for start, n in pairs for number in range(start, start + n)]
+
+
+def test_what_a_caller_does_to_ranges_does_not_change_the_next():
+    ranges(np.array([0]), np.array([8]))[:] = 9
+    assert ranges(np.array([0]), np.array([8])).tolist() == list(range(8))
+
+
+def lay_out_rows(rows: list[list[int]]):
+    """Segments have the sources 0, 1, .."""
+    lengths = np.array([n for row in rows for n in row], np.uint32)
+    per_row = np.array([len(row) for row in rows])
+    return lay_out((len(rows), LENGTH), per_row, lengths, np.arange(len(lengths)))
+
+
+@given(packed_rows())
+def test_every_row_that_is_not_full_ends_with_a_piece_of_padding(case):
+    _, rows = case
+    pieces, wanted, source = lay_out_rows(rows), [], 0
+    for row in rows:
+        wanted += [(n, source + place) for place, n in enumerate(row)]
+        wanted += [(LENGTH - sum(row), -1)] * (sum(row) < LENGTH)
+        source += len(row)
+    assert list(zip(pieces.length.tolist(), pieces.source.tolist(), strict=True)) == wanted
+    assert pieces.per_row.tolist() == [len(row) + (sum(row) < LENGTH) for row in rows]
+    assert pieces.borders.tolist() == np.cumsum([0, *(n for n, _ in wanted)]).tolist()
+
+
+@given(packed_rows(), st.integers(1, 6))
+def test_parts_of_pieces_are_those_of_fewer_rows(case, num_rows):
+    _, rows = case
+    parts = list(lay_out_rows(rows).parts(num_rows))
+    starts = range(0, len(rows), num_rows)
+    assert len(parts) == len(starts)
+    for part, start in zip(parts, starts, strict=True):
+        alone, before = lay_out_rows(rows[start : start + num_rows]), sum(map(len, rows[:start]))
+        source = np.where(alone.source < 0, -1, alone.source + before)
+        for found, wanted in zip(part, alone._replace(source=source), strict=True):
+            assert found.tolist() == wanted.tolist()
+
+
+@given(packed_rows(), st.booleans())
+def test_the_places_of_labels_are_those_that_are_not_ignored(case, has_spans):
+    tokens, rows = case
+    pieces, spans = lay_out_rows(rows), Spans(np.array([2]), np.array([LENGTH // 2])) if has_spans else None
+    found = labels(tokens.ravel(), pieces, spans)
+    assert label_places(found, pieces, spans).tolist() == [t for t, n in enumerate(found.tolist()) if n != IGNORE]
 
 
 @given(packed_rows())

@@ -14,13 +14,17 @@ from train.tiny_dataset import write_dataset
 from llmt_shared.dataset import Split, open_dataset
 from llmt_shared.errors import ConfigError, DataError
 from llmt_shared.order import rows as epoch_rows
+from llmt_train import data
 from llmt_train.batch import PackedBatch
 from llmt_train.config import BatchConfig, TrainConfig
 from llmt_train.data import (
     Plan,
     Prefetched,
+    count,
     eval_batches,
     plan_run,
+    read_ahead,
+    read_batch,
     rows_consumed,
     rows_of_step,
     train_batches,
@@ -115,6 +119,51 @@ def test_a_stream_from_a_later_step_is_the_rest_of_the_whole(split: Split, first
     for a, b in zip(rest, whole[first * plan.accumulation :], strict=True):
         assert np.array_equal(a.input_ids, b.input_ids)
         assert np.array_equal(a.labels, b.labels)
+
+
+@given(first=st.integers(0, 7), at_once=st.integers(1, 30))
+def test_how_many_rows_are_ordered_at_once_changes_nothing(split: Split, first: int, at_once: int) -> None:
+    plan = make_plan(split, rows=5, micro_rows=5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "_ORDERED_AT_ONCE", at_once)
+        found = [row_tokens(batch) for batch in train_batches(split, plan, first)]
+    assert len(found) == plan.total_steps - first
+    for step, tokens in enumerate(found, first):
+        assert np.array_equal(tokens, split.tokens(rows_of_step(plan, step)))
+
+
+def test_a_micro_batch_of_a_step_is_what_its_rows_alone_give(split: Split) -> None:
+    plan = make_plan(split, rows=5, micro_rows=2)
+    batches = train_batches(split, plan)
+    for step in range(plan.total_steps):
+        rows, first = rows_of_step(plan, step), rows_consumed(plan, step)
+        for start in (0, 2, 4):
+            found, part = next(batches), rows[start : start + 2]
+            alone = read_batch(split, part, count(split, rows), first_place=first + start)
+            for name, value in alone._asdict().items():
+                assert np.array_equal(getattr(found, name), value), name
+
+
+class AskedFor:
+    """A split that only notes which rows it is told about."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def will_need(self, rows: np.ndarray) -> None:
+        self.rows += rows.tolist()
+
+
+@given(st.lists(st.integers(1, 100), max_size=20))
+def test_parts_come_in_order_when_at_least_64_rows_after_them_were_asked_for(sizes: list[int]) -> None:
+    split, given_out, total = AskedFor(), 0, sum(sizes)
+    parts = np.split(np.arange(total), np.cumsum(sizes)[:-1]) if sizes else []
+    for found, wanted in zip(read_ahead(split, parts), parts, strict=True):  # type: ignore[arg-type]
+        given_out += len(found)
+        assert found.tolist() == wanted.tolist()
+        assert split.rows == list(range(len(split.rows)))
+        assert len(split.rows) >= min(total, given_out + 64)
+        assert len(split.rows) <= given_out + 64 + max(sizes)
 
 
 def test_rows_consumed_stops_at_the_end_of_the_run(split: Split) -> None:

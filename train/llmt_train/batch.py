@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmt_shared.segments import IGNORE, Spans, expand
+from llmt_shared.segments import IGNORE, Pieces, Spans, label_places, labels, lay_out, position_ids
 from llmt_train.attention import Segments
 
 
@@ -91,47 +91,60 @@ def collate(
     Raises:
         ValueError: the lengths do not fit the rows.
     """
-    ids = tokens.astype(np.int64)
-    labelled, in_response = spans, None
-    if with_chosen_prompts and pairs is not None and spans is not None:
-        in_response = expand(ids, segments_per_row, lengths, spans).labels != IGNORE
-        labelled = _with_whole(spans, pairs[:, 0], segments_per_row, lengths, ids.shape[1])
-    dense = expand(ids, segments_per_row, lengths, labelled)
-    piece_lengths = np.diff(dense.cu_seqlens)
-    is_segment = dense.segment_ids[dense.cu_seqlens[:-1]] > 0
-    piece_source = np.full(len(piece_lengths), -1, np.int64)
-    piece_source[is_segment] = sources
-    piece_of_segment = np.flatnonzero(is_segment)
+    pieces = lay_out(tokens.shape, segments_per_row, lengths, sources)
+    return assemble(
+        tokens,
+        pieces,
+        spans,
+        denominators,
+        pairs=pairs,
+        with_chosen_prompts=with_chosen_prompts,
+        reference_logps=reference_logps,
+        row_places=row_places,
+    )
+
+
+def assemble(
+    tokens: NDArray[np.integer],
+    pieces: Pieces,
+    spans: Spans | None,
+    denominators: dict[str, float],
+    *,
+    pairs: NDArray[np.integer] | None = None,
+    with_chosen_prompts: bool = False,
+    reference_logps: NDArray[np.float64] | None = None,
+    row_places: tuple[int, ...] = (),
+) -> PackedBatch:
+    """Do what `collate` does, from ``pieces`` that `lay_out` made."""
+    flat = tokens.reshape(-1)
+    labelled, in_response, pairs_of_pieces = spans, None, None
+    if pairs is not None:
+        pairs_of_pieces = np.flatnonzero(pieces.source >= 0)[pairs]
+        if with_chosen_prompts and spans is not None:
+            in_response = labels(flat, pieces, spans) != IGNORE
+            labelled = _with_whole(spans, pieces, pairs_of_pieces[:, 0])
+    found = labels(flat, pieces, labelled)
+    piece_lengths = tuple(pieces.length.tolist())
     return PackedBatch(
-        input_ids=torch.from_numpy(ids.reshape(1, -1)),
-        labels=torch.from_numpy(dense.labels[None]),
-        position_ids=torch.from_numpy(dense.position_ids[None]),
-        cu_seqlens=torch.from_numpy(dense.cu_seqlens),
-        max_seqlen=int(piece_lengths.max()),
-        lengths=tuple(piece_lengths.tolist()),
-        segment_ids_flat=torch.from_numpy(np.repeat(np.arange(len(piece_lengths), dtype=np.int32), piece_lengths)),
-        segment_source=torch.from_numpy(piece_source),
-        label_places=torch.from_numpy(np.flatnonzero(dense.labels != IGNORE)),
+        input_ids=torch.from_numpy(flat.astype(np.int64)[None]),
+        labels=torch.from_numpy(found[None]),
+        position_ids=torch.from_numpy(position_ids(pieces)[None]),
+        cu_seqlens=torch.from_numpy(pieces.borders.astype(np.int32)),
+        max_seqlen=max(piece_lengths),
+        lengths=piece_lengths,
+        segment_ids_flat=torch.from_numpy(np.arange(len(piece_lengths), dtype=np.int32).repeat(pieces.length)),
+        segment_source=torch.from_numpy(pieces.source),
+        label_places=torch.from_numpy(label_places(found, pieces, labelled)),
         denominators=denominators,
         row_places=row_places,
-        segment_lengths=tuple(lengths.tolist()),
-        pairs=None if pairs is None else torch.from_numpy(piece_of_segment[pairs]),
+        segment_lengths=tuple(pieces.length[pieces.source >= 0].tolist()),
+        pairs=None if pairs_of_pieces is None else torch.from_numpy(pairs_of_pieces),
         in_response=None if in_response is None else torch.from_numpy(in_response),
         reference_logps=None if reference_logps is None else torch.from_numpy(reference_logps),
     )
 
 
-def _with_whole(
-    spans: Spans,
-    segments: NDArray[np.integer],
-    segments_per_row: NDArray[np.integer],
-    lengths: NDArray[np.integer],
-    row_length: int,
-) -> Spans:
-    """Make every token of some segments a target too; runs may overlap."""
-    lengths = lengths.astype(np.int64)
-    rows = np.repeat(np.arange(len(segments_per_row)), segments_per_row)
-    ends = np.cumsum(lengths)
-    before_row = np.concatenate([[0], ends])[np.cumsum(segments_per_row) - segments_per_row]
-    start = rows * row_length + (ends - lengths) - before_row[rows]
-    return Spans(np.append(spans.start, start[segments]), np.append(spans.length, lengths[segments]))
+def _with_whole(spans: Spans, pieces: Pieces, whole: NDArray[np.integer]) -> Spans:
+    """Make every token of some pieces a target too; runs may overlap."""
+    start, length = pieces.borders[whole], pieces.length[whole]
+    return Spans(np.append(spans.start, start), np.append(spans.length, length))

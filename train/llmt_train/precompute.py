@@ -20,7 +20,7 @@ from llmt_shared.errors import ConfigError, DataError, Stopped
 from llmt_shared.progress import stage
 from llmt_train.batch import PackedBatch
 from llmt_train.config import RunConfig
-from llmt_train.data import Prefetched, read_batch
+from llmt_train.data import Prefetched, read_ahead, read_batch
 from llmt_train.lock import locked
 from llmt_train.quiet import quiet_transformers
 from llmt_train.reference import IDENTITY, Identity, fingerprint, live_reference, overlay_path, read_identity
@@ -118,7 +118,7 @@ def _compute(
     values = _open(path, num_segments)
     rows = np.concatenate([np.empty(0, np.int64), *_missing(split, values)])
     parts = [rows[first : first + micro_rows] for first in range(0, len(rows), micro_rows)]
-    batches = Prefetched(lambda: ((part, read_batch(split, part, {})) for part in parts))
+    batches = Prefetched(lambda: ((part, read_batch(split, part, {})) for part in read_ahead(split, parts)))
     computed, synced = 0, time.monotonic()
     try:
         with stage(f"reference, {path.stem}", len(rows)) as advance:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from llmt_shared.dataset import PairTable, SegmentTable
+from llmt_shared.dataset import PairTable, RowSegments, SegmentTable
 from llmt_shared.manifest import TokenizerEntry
 from llmt_shared.segments import Spans
 
@@ -29,6 +29,12 @@ class AnySplit(Protocol):
 
     def targets(self, rows: Numbers) -> NDArray[np.uint32]:
         """[R]."""
+
+    def will_need(self, rows: Numbers) -> None:
+        """These are read soon."""
+
+    def row_segments(self, rows: Numbers) -> RowSegments:
+        """What training needs of the segments."""
 
     def segments(self, rows: Numbers) -> SegmentTable:
         """In the order of ``rows``, as all that follows."""

@@ -15,7 +15,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from llmt_shared.dataset import PairTable, SegmentTable
+from llmt_shared.dataset import PairTable, RowSegments, SegmentTable
 from llmt_shared.errors import ConfigError
 from llmt_shared.manifest import TokenizerEntry
 from llmt_shared.order import key, mix
@@ -115,19 +115,27 @@ class SyntheticSplit:
         """[R] labels that count in the loss."""
         return np.array([self._targets(self._lengths(int(row))).sum() for row in rows], np.uint32)
 
+    def will_need(self, rows: Numbers) -> None:
+        """Do nothing: nothing is fetched."""
+
+    def row_segments(self, rows: Numbers) -> RowSegments:
+        """Return what training needs of the segments of some rows, in the order of ``rows``."""
+        per_row, lengths = self._segments(rows)
+        return RowSegments(per_row, lengths.astype(np.uint32), np.zeros(len(lengths), np.uint16))
+
     def segments(self, rows: Numbers) -> SegmentTable:
         """Return the segments of some rows, in the order of ``rows``."""
-        per_row, lengths = self._segments(rows)
+        per_row, lengths, sources = self.row_segments(rows)
         places = np.arange(len(lengths)) - np.repeat(np.cumsum(per_row) - per_row, per_row)
         documents = np.repeat(np.asarray(rows, np.int64), per_row) * self.length + places // self._sides
         offsets = np.zeros((len(lengths) // self._sides, self._sides), np.uint32)
         offsets[:, 1:] = lengths.reshape(offsets.shape)[:, :-1]
         return SegmentTable(
             per_row,
-            lengths.astype(np.uint32),
+            lengths,
             offsets.ravel(),
             documents.astype(np.uint64),
-            np.zeros(len(lengths), np.uint16),
+            sources,
         )
 
     def spans(self, rows: Numbers) -> Spans | None:
