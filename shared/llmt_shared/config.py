@@ -4,13 +4,12 @@ YAML 1.2 is read with ruamel.yaml: `no` and `on` are strings, `1e-5` is a number
 nothing in a file can name a class or run code.
 """
 
-import difflib
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar, get_args
+from typing import Annotated, Any, Self, TypeVar
 
 from annotated_types import Gt
 from pydantic import (
@@ -24,13 +23,13 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedBase, CommentedMap
+from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from llmt_shared.errors import ConfigError
+from llmt_shared.mistakes import CONFLICT, describe, short
 
 Model = TypeVar("Model", bound=BaseModel)
-Location = tuple[int | str, ...]
 
 
 class StrictModel(BaseModel):
@@ -48,11 +47,7 @@ class StrictModel(BaseModel):
     @classmethod
     def _all_at_once(cls, given: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
         """Report conflicts beside the mistakes in single keys, where pydantic would wait for those to be mended."""
-        found = list(cls.conflicts(given)) if isinstance(given, Mapping) else []
-        conflicts = [
-            InitErrorDetails(type=PydanticCustomError("conflict", "{text}", {"text": text}), input=given)
-            for text in found
-        ]
+        conflicts = [_conflict(text, given) for text in cls.conflicts(given)] if isinstance(given, Mapping) else []
         try:
             value = validate(given)
         except ValidationError as error:
@@ -63,11 +58,25 @@ class StrictModel(BaseModel):
         return value
 
 
+def _conflict(text: str, given: Mapping[str, Any]) -> InitErrorDetails:
+    """A conflict at the key that its text begins with, if it begins with one: ``save.every: ..``, ```chat` is ..``."""
+    match = re.match(r"`?([a-z_][\w.]*)", text)
+    path: list[int | str] = []
+    node: Any = given
+    for part in match[1].rstrip(".").split(".") if match else ():
+        if not isinstance(node, Mapping) or part not in node:
+            break
+        path.append(part)
+        node = node[part]
+    error = PydanticCustomError(CONFLICT, "{text}", {"text": text, "depth": len(path)})
+    return InitErrorDetails(type=error, loc=tuple(path), input=given)
+
+
 def _again(mistake: ErrorDetails) -> InitErrorDetails:
     """A reported mistake in the form in which it can be raised again."""
     ctx, kind = mistake.get("ctx", {}), mistake["type"]
     is_known = "url" in mistake  # of others, such as a path's, pydantic takes back only the message
-    custom = kind if is_known else PydanticCustomError(kind, "{text}", {"text": mistake["msg"]})
+    custom = kind if is_known else PydanticCustomError(kind, "{text}", {**ctx, "text": mistake["msg"]})
     return InitErrorDetails(type=custom, loc=mistake["loc"], input=mistake["input"], ctx=ctx)
 
 
@@ -101,9 +110,7 @@ def load_config(path: Path, model: type[Model], overrides: Sequence[str] = ()) -
         return model.model_validate(_plain(document))
     except ValidationError as error:
         overridden = {tuple(item.partition("=")[0].split(".")) for item in overrides}
-        mistakes = [_describe(path, document, model, mistake, overridden) for mistake in error.errors()]
-        lines = dict.fromkeys(text for _, text in sorted(mistakes, key=lambda mistake: mistake[0]))
-        raise ConfigError("\n".join(lines)) from None
+        raise ConfigError("\n".join(describe(path, document, model, error.errors(), overridden))) from None
 
 
 def _read_yaml(path: Path) -> CommentedMap:
@@ -162,127 +169,12 @@ def _plain(node: Any) -> Any:
     return node
 
 
-def _describe(
-    path: Path, document: CommentedMap, model: type[BaseModel], mistake: Any, overridden: set[tuple[str, ...]]
-) -> tuple[int, str]:
-    """Line (0 on the command line) and message of one mistake."""
-    location = tuple(_in_document(document, mistake["loc"]))
-    on_command_line = any(location[: len(key)] == key for key in overridden)
-    line = 0 if on_command_line else _line(document, location)
-    place = "command line" if on_command_line else f"{path}:{line}"
-    key = ".".join(str(part) for part in location)
-    return line, ": ".join(filter(None, [place, key, _message(model, location, mistake)]))
-
-
-def _message(model: type[BaseModel], location: Location, mistake: Any) -> str:
-    kind, found = mistake["type"], mistake["input"]
-    if kind == "extra_forbidden":
-        return _unknown(model, location)
-    if kind == "missing":
-        return "missing; it is required"
-    if kind == "value_error":
-        return str(mistake["ctx"]["error"])
-    if kind == "conflict":
-        return str(mistake["ctx"]["text"])
-    message = "a path" if kind == "path_type" else mistake["msg"]
-    wanted = message.removeprefix("Input should be ").removeprefix("a ")
-    if kind in ("literal_error", "union_tag_invalid"):
-        ctx = mistake.get("ctx", {})
-        choices = re.findall(r"'([^']*)'", str(ctx.get("expected") or ctx.get("expected_tags") or mistake["msg"]))
-        found = ctx.get("tag", found)
-        return f"{found!r} is not one of {', '.join(choices)}{_nearest(str(found), choices)}"
-    return f"found {_short(found)}; wanted {wanted}"
-
-
-def _unknown(model: type[BaseModel], location: Location) -> str:
-    *above, key = location
-    owners = [each for each in _models_at(model, tuple(above)) if key in each.model_fields]
-    if owners:  # of another member of the union than the one that is meant
-        return f"belongs to {' and '.join(_tags(owners))}; remove `{key}`, or choose that"
-    known = sorted(_fields(model, tuple(above)))
-    return f"unknown key{_nearest(str(key), known)}; known here: {', '.join(known)}"
-
-
-def _tags(models: Iterable[type[BaseModel]]) -> list[str]:
-    """``key: value`` of the one field that tells each member of a union from the others."""
-    tags = []
-    for model in models:
-        literals = [(name, get_args(field.annotation)) for name, field in model.model_fields.items()]
-        tags += [
-            f"`{name}: {values[0]}`" for name, values in literals if len(values) == 1 and isinstance(values[0], str)
-        ]
-    return sorted(tags)
-
-
-def _in_document(document: Any, location: Location) -> Iterator[int | str]:
-    """The parts of pydantic's location that are keys of the file: it also names union members and validators."""
-    node = document
-    for depth, part in enumerate(location):
-        if isinstance(node, Mapping):
-            if part in node:
-                node = node[part]
-            elif depth != len(location) - 1:
-                continue
-        elif isinstance(node, Sequence) and not isinstance(node, str) and isinstance(part, int) and part < len(node):
-            node = node[part]
-        else:
-            return
-        yield part
-
-
-def _line(document: Any, location: Location) -> int:
-    """Line (from 1) of the deepest part of the location that the file holds."""
-    line, node = 1, document
-    for part in location:
-        if not isinstance(node, CommentedBase) or not isinstance(part, (int, str)):
-            break
-        try:
-            line = (node.lc.key(part) if isinstance(node, CommentedMap) else node.lc.item(part))[0] + 1
-            node = node[part]  # type: ignore[index]
-        except (KeyError, IndexError, TypeError):
-            break
-    return line
-
-
-def _fields(model: Any, location: Location) -> set[str]:
-    """Names of the keys that the model takes at a location, over all members of unions."""
-    return {name for each in _models_at(model, location) for name in each.model_fields}
-
-
-def _models_at(model: Any, location: Location) -> set[type[BaseModel]]:
-    """The model at a location, or all members of a union."""
-    models = _models(model)
-    for part in location:
-        inner: set[type[BaseModel]] = set()
-        for each in models:
-            if isinstance(part, str) and part in each.model_fields:
-                inner |= _models(each.model_fields[part].annotation)
-        models = inner or models
-    return models
-
-
-def _models(annotation: Any) -> set[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return {annotation}
-    return {found for argument in get_args(annotation) for found in _models(argument)}
-
-
-def _nearest(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f", did you mean {near[0]!r}?" if near else ""
-
-
 def _kind(value: Any) -> str:
     if isinstance(value, Mapping):
         return "mapping"
     if isinstance(value, Sequence) and not isinstance(value, str):
         return "list"
     return "nothing" if value is None else type(value).__name__
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
@@ -295,18 +187,18 @@ _BYTE_UNITS = {"": 1, "B": 1} | {
 
 def _parse_quantity(value: object, units: Mapping[str, int], example: str) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ValueError(f"found {_short(value)}; wanted a size, such as {example}")
+        raise ValueError(f"found {short(value)}; wanted a size, such as {example}")
     if isinstance(value, str):
         match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE]\+?[0-9]+)?)\s*([A-Za-z]*)\s*", value)
         if match is None or match[2].upper() not in units:
-            raise ValueError(f"found {_short(value)}; wanted a size, such as {example}")
+            raise ValueError(f"found {short(value)}; wanted a size, such as {example}")
         value = (
             float(match[1]) * units[match[2].upper()]
             if "." in match[1] or "e" in match[1].lower()
             else (int(match[1]) * units[match[2].upper()])
         )
     if not math.isfinite(value) or value != int(value) or value < 0:
-        raise ValueError(f"found {_short(value)}; wanted a whole number >= 0, such as {example}")
+        raise ValueError(f"found {short(value)}; wanted a whole number >= 0, such as {example}")
     return int(value)
 
 

@@ -27,8 +27,24 @@ class Cosine(StrictModel):
     floor: float = 0.0
 
 
+class Bound(StrictModel):
+    low: int = 0
+    high: int = 1
+
+    @classmethod
+    def conflicts(cls, given):
+        if given.get("low", 0) > given.get("high", 1):
+            yield "high is below low; wanted low <= high"
+        if given.get("low") == 7:
+            yield "low: 7 is unlucky"
+        if given.get("low") == 8:
+            yield "no such luck with 8"
+
+
 class Config(StrictModel):
     seed: int
+    some: Literal["all"] | tuple[int, ...] = "all"
+    bound: Bound = Bound()
     place: Path | None = None
     mode: Literal["fast", "exact"] = "fast"
     budget: Count = 0
@@ -95,6 +111,50 @@ def test_an_unknown_tag_of_a_union_names_the_tags(tmp_path):
 def test_a_key_of_another_member_of_a_union_is_told_with_its_line_and_whose_it_is(tmp_path):
     [line] = mistakes(tmp_path, "seed: 1\nschedule:\n  type: cosine\n  warmup: 3\n")
     assert line == "run.yaml:4: schedule.warmup: belongs to `type: linear`; remove `warmup`, or choose that"
+
+
+def test_what_the_members_of_a_union_wanted_is_one_line(tmp_path):
+    assert mistakes(tmp_path, "seed: 1\nsome: al\n") == [
+        "run.yaml:2: some: found 'al'; wanted all or a list, did you mean 'all'?"
+    ]
+
+
+def test_the_member_of_a_union_that_came_further_tells_what_is_wrong(tmp_path):
+    assert mistakes(tmp_path, "seed: 1\nsome:\n  - 1\n  - x\n") == [
+        "run.yaml:4: some.1: found 'x'; wanted a whole number"
+    ]
+
+
+def test_a_key_that_is_misspelt_is_not_missing_too(tmp_path):
+    [line] = mistakes(tmp_path, "seed: 1\ninner: {pat: x}\n")
+    assert line == "run.yaml:2: inner.pat: unknown key, did you mean 'path'?; known here: path, weight"
+
+
+def test_a_conflict_is_told_at_the_key_that_it_begins_with(tmp_path):
+    text = "seed: 1\nbound:\n  low: {}\n  high: 9\n"
+    assert mistakes(tmp_path, text.format(10)) == ["run.yaml:4: bound: high is below low; wanted low <= high"]
+    assert mistakes(tmp_path, text.format(7)) == ["run.yaml:3: bound: low: 7 is unlucky"]
+    assert mistakes(tmp_path, text.format(8)) == ["run.yaml:2: bound: no such luck with 8"]
+    assert mistakes(tmp_path, text.format(1), "bound.high=0") == [
+        "command line: bound: high is below low; wanted low <= high"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("seed: 1.5", "a whole number"),
+        ("rate: x", "a number"),
+        ("is_new: 2", "true or false"),
+        ("name: 3", "text"),
+        ("items: 3", "a list"),
+        ("inner: 3", "keys and values"),
+        ("rate: [1]", "a number"),
+    ],
+)
+def test_what_was_wanted_is_told_in_plain_words(tmp_path, line, wanted):
+    text = line if line.startswith("seed") else f"seed: 1\n{line}"
+    assert mistakes(tmp_path, text)[0].endswith(f"; wanted {wanted}")
 
 
 def test_a_missing_key_is_told_at_its_parent(tmp_path):

@@ -149,7 +149,7 @@ def test_the_schema_is_that_of_the_config(call: Call) -> None:
     assert json.loads(out) == RunConfig.model_json_schema()
 
 
-@pytest.mark.parametrize("command", [[], ["fit"], ["validate"], ["export"], ["schema"]])
+@pytest.mark.parametrize("command", [[], ["fit"], ["check"], ["validate"], ["export"], ["schema"]])
 def test_help_loads_nothing_heavy(command: list[str]) -> None:
     program = (
         "import sys; from llmt_train.cli import app\n"

@@ -101,6 +101,24 @@ def test_a_value_that_cannot_work_is_refused(tmp_path: Path, override: str, word
     assert word in "\n".join(mistakes(tmp_path, GOOD, override))
 
 
+def test_what_takes_text_or_keys_says_both(tmp_path: Path) -> None:
+    assert mistakes(tmp_path, GOOD, "model=3") == ["command line: model: found 3; wanted text, or keys and values"]
+
+
+def test_only_a_task_that_is_one_is_told_what_is_not_its_own(tmp_path: Path) -> None:
+    assert len(mistakes(tmp_path, GOOD, "dpo.beta=0.3")) == 1
+    assert "belongs to task dpo" in mistakes(tmp_path, GOOD, "dpo.beta=0.3")[0]
+    assert mistakes(tmp_path, GOOD, "dpo.beta=0.3", "task=dop")[0].startswith("command line: task: 'dop' is not one of")
+
+
+@pytest.mark.parametrize(("every", "told"), [("null", True), ("3", True), ("250", False), ("x", False), ("0", False)])
+def test_the_best_checkpoints_need_a_loss_at_every_checkpoint(tmp_path: Path, every: str, told: bool) -> None:
+    """What is no number of steps at all is told for itself."""
+    overrides = ["save.keep_best=2", f"eval.every={every}"]
+    found = "" if every == "250" else "\n".join(mistakes(tmp_path, GOOD, *overrides))
+    assert ("save.keep_best needs" in found) == told
+
+
 def test_decay_belongs_to_wsd_only(tmp_path: Path) -> None:
     assert "decay belongs to schedule wsd" in "\n".join(mistakes(tmp_path, GOOD, "optim.schedule=cosine"))
 

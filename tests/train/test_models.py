@@ -8,7 +8,7 @@ from train.tiny_models import CONFIGS, FAMILIES, VOCAB, packed, tiny
 
 from llmt_shared.errors import ConfigError
 from llmt_shared.segments import IGNORE
-from llmt_train.models import forward_hidden, load_model
+from llmt_train.models import forward_hidden, load_model, load_skeleton
 
 ROWS = [[5, 30, 1, 17, 23], [40, 40]]
 LENGTH = 80
@@ -57,6 +57,17 @@ ROPES = {
     },
     "yarn": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32},
 }
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_a_skeleton_is_the_model_without_weights(family):
+    spec = {"from_config": {"model_type": family, **CONFIGS[family]}}
+    model, skeleton = load_model(spec), load_skeleton(spec, dtype=torch.bfloat16)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    assert {name: parameter.shape for name, parameter in skeleton.named_parameters()} == shapes
+    assert {(weight.device.type, weight.dtype) for weight in skeleton.parameters()} == {("meta", torch.bfloat16)}
+    assert skeleton.training
+    assert skeleton.config.to_dict() | {"dtype": None} == model.config.to_dict() | {"dtype": None}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmt_shared.segments import IGNORE, Pieces, Spans, label_places, labels, lay_out, position_ids
-from llmt_train.attention import Segments
+from llmt_train.attention import Backend, Segments
 
 
 class PackedBatch(NamedTuple):
@@ -55,7 +55,7 @@ class PackedBatch(NamedTuple):
         }
         return self._replace(**moved)
 
-    def segments(self, backend: str = "auto", deterministic: bool = False) -> Segments:
+    def segments(self, backend: Backend = "auto", deterministic: bool = False) -> Segments:
         """Return what attention reads: the borders of the pieces, and by which backend they are to be kept apart."""
         return Segments(self.lengths, self.cu_seqlens, self.segment_ids_flat, self.max_seqlen, backend, deterministic)
 

@@ -81,6 +81,40 @@ def fit(
 
 
 @app.command()
+def check(
+    config: Annotated[Path, typer.Option(help="Run file; `llmt-train schema` says what it may hold.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Settings that win over the file's.")
+    ] = None,
+    on: Annotated[
+        str | None, typer.Option(help="GPU that is to train it, such as H100 or `A100 40GB`; else this machine.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say whether a run would begin, and what memory and time it needs; loads no weights and needs no GPU.
+
+    All problems are reported at once.
+
+    Examples:
+
+        llmt-train check --config run.yaml
+
+        llmt-train check --config run.yaml --on H100 batch.micro_rows=4
+    """
+    from llmt_shared.config import load_config
+    from llmt_train.config import RunConfig
+
+    settings = load_config(config, RunConfig, overrides or [])  # a typing mistake must not wait for torch
+    from llmt_train.check import check as check_run
+    from llmt_train.preflight import raise_problems
+    from llmt_train.report import as_data, as_text
+
+    report = check_run(settings, on)
+    typer.echo(json.dumps(as_data(report)) if as_json else as_text(report))
+    raise_problems(report.problems)
+
+
+@app.command()
 def ref(
     config: Annotated[Path, typer.Option(help="Run file of task dpo: its data, and its model as the reference.")],
     overrides: Annotated[

@@ -1,6 +1,5 @@
 """One training run: everything is checked before the first step, then Lightning's loop runs to the end or a stop."""
 
-import math
 import shutil
 from collections import deque
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from llmt_shared.progress import say
 from llmt_train import checkpoints
 from llmt_train.callbacks import Run, StepCallback
 from llmt_train.config import RunConfig
-from llmt_train.data import Plan, Prefetched, rows_consumed, train_batches
+from llmt_train.data import Plan, Prefetched, train_batches
 from llmt_train.lock import NAME as LOCK
 from llmt_train.lock import locked
 from llmt_train.loggers import FOLDERS as LOGGER_FOLDERS
@@ -28,6 +27,7 @@ from llmt_train.metrics import NAME as METRICS
 from llmt_train.metrics import MetricsFile, read_metrics
 from llmt_train.module import TrainModule
 from llmt_train.optim import build_optimizer
+from llmt_train.preflight import Begun, check_resumption
 from llmt_train.progress import Reporter
 from llmt_train.quiet import quiet_lightning, quiet_transformers
 from llmt_train.runlog import NAME as RUN_LOG
@@ -104,29 +104,14 @@ def fit(config: RunConfig, *, force: bool = False) -> FitResult:
 
 
 def _resume_point(setup: Setup) -> Path | None:
-    config, total = setup.config, setup.plan.total_steps
+    config = setup.config
     for damage in checkpoints.set_damaged_aside(config.output):
         say(f"warning: {damage}")
     newest = checkpoints.newest_checkpoint(config.output)
     if newest is not None:
-        step = checkpoints.read_state(newest).step
-        if step > total:
-            raise ConfigError(f"{newest}: {step} steps are done, more than the run's {total}; train longer")
-        state = _state(setup, step)
-        checkpoints.check_resumable(newest, state, config.model_dump(mode="json"), setup.model.config.to_dict())
+        begun = Begun(setup.plan, setup.dataset.digest, setup.base)
+        check_resumption(newest, begun, config, setup.model.config.to_dict())
     return newest
-
-
-def _state(setup: Setup, step: int, eval_loss: float | None = None) -> checkpoints.State:
-    return checkpoints.State(
-        step=step,
-        rows_consumed=rows_consumed(setup.plan, step),
-        rows_per_step=setup.plan.rows_per_step,
-        digest=setup.dataset.digest,
-        seed=setup.plan.seed,
-        base=setup.base,
-        eval_loss=eval_loss if eval_loss is not None and math.isfinite(eval_loss) else None,
-    )
 
 
 def _train(setup: Setup, sampler: Sampler | None, stop: StopRequest, start: Path | None, step: int) -> None:
@@ -186,7 +171,7 @@ def _save(setup: Setup, trainer: pl.Trainer, step: int, eval_loss: float | None)
     generation = model.generation_config
     checkpoints.save_checkpoint(
         config.output,
-        _state(setup, step, eval_loss),
+        Begun(setup.plan, setup.dataset.digest, setup.base).state(step, eval_loss),
         {
             checkpoints.RUN_CONFIG: config.model_dump(mode="json"),
             checkpoints.MODEL_CONFIG: model.config.to_dict(),

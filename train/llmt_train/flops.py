@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from llmt_train.devices import find_gpu
+
 
 class ModelFlops(NamedTuple):
     """Floating point operations of a forward and backward pass."""
@@ -60,19 +62,10 @@ def step_flops(flops: ModelFlops, lengths: NDArray[np.integer]) -> float:
     return float(flops.per_token * tokens.sum() + flops.per_key * (tokens * (tokens + 1) / 2).sum())
 
 
-_PEAK_BF16 = {
-    "H200": 989e12, "H100": 989e12, "H800": 989e12, "GH200": 989e12, "B200": 2250e12, "B100": 1750e12,
-    "A100": 312e12, "A800": 312e12, "A40": 149.7e12, "A10G": 70e12, "A10": 125e12, "L40S": 362e12, "L40": 181e12,
-    "L4": 121e12, "RTX 6000 Ada": 364e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
-}  # fmt: skip
-"""Dense bf16 FLOP/s with fp32 accumulation, from the makers' data sheets; a name stands before its parts."""
-_PCIE = {"H100 PCIe": 756e12, "H100 NVL": 835e12}
-
-
 def peak_flops(device_name: str) -> float | None:
     """Return a device's dense bf16 peak in FLOP/s by its name, `NVIDIA H100 80GB HBM3`; ``None`` if not known."""
-    names = _PCIE | _PEAK_BF16
-    return next((peak for name, peak in names.items() if name.lower() in device_name.lower()), None)
+    gpu = find_gpu(device_name)
+    return None if gpu is None else gpu.flops
 
 
 def this_device_name() -> str | None:

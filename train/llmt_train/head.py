@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from llmt_train.attention import Segments
+from llmt_train.attention import Backend, Segments
 from llmt_train.batch import PackedBatch
 from llmt_train.models import evaluating, forward_hidden
 
@@ -58,7 +58,7 @@ def model_scores(
     head: HeadSpec | None,
     batch: PackedBatch,
     *,
-    attention: str = "auto",
+    attention: Backend = "auto",
     deterministic: bool = False,
     with_mean: bool = False,
     is_uniform: bool = False,
@@ -146,6 +146,11 @@ def find_head(model: Any) -> HeadSpec | None:
         stacklevel=2,
     )
     return None
+
+
+def likely_head(model: Any) -> HeadSpec | None:
+    """Return what `find_head` tries first, unproven: for a model without weights, whose memory is all that is asked."""
+    return next(_candidates(model), None)
 
 
 @torch.no_grad()

@@ -64,13 +64,13 @@ def check_isolation(model: Any, *, attention: str = "auto", autocast: torch.dtyp
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a model raises here, it is why it cannot train on packed rows
-        raise ConfigError(f"{name}: cannot run on packed rows: {error}; {_WAY_OUT}") from error
+        raise ConfigError(f"{name}: cannot run on packed rows: {error}; {WAY_OUT}") from error
     dtype = next(model.parameters()).dtype if autocast is None else autocast
     for probe, changed, watched in zip(probes, ("earlier", "later"), ("later", "earlier"), strict=True):
         _judge(probe, name, changed, watched, dtype)
 
 
-_WAY_OUT = "choose a model family with a standard attention (llama, qwen, mistral, phi3, gemma, gpt2, ...)"
+WAY_OUT = "choose a model family with a standard attention (llama, qwen, mistral, phi3, gemma, gpt2, ...)"
 
 
 def _documents(vocab_size: int, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
@@ -123,11 +123,11 @@ def _judge(probe: _Probe, name: str, changed: str, watched: str, dtype: torch.dt
     if not probe.moved <= max(_LEAK * probe.leak, rounding):
         raise ConfigError(
             f"{name}: documents of a packed row see each other: changing the {changed} of two moved the {watched} "
-            f"one's logits by {probe.moved:.1e} (without borders: {probe.leak:.1e}; wanted 0); {_WAY_OUT}"
+            f"one's logits by {probe.moved:.1e} (without borders: {probe.leak:.1e}; wanted 0); {WAY_OUT}"
         )
     if not probe.apart <= _ALONE[dtype] * probe.spread:
         raise ConfigError(
             f"{name}: a document packed as the {watched} of two has other logits than alone, by {probe.apart:.1e} "
             f"(their standard deviation: {probe.spread:.1e}): its positions or its attention depend on the row; "
-            f"{_WAY_OUT}"
+            f"{WAY_OUT}"
         )

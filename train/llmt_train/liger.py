@@ -58,11 +58,20 @@ def use_liger(model: Any, kernels: Kernels | None = None) -> int:
 
 
 def _of_liger(device: torch.device) -> Kernels:
-    if device.type != "cuda":
-        raise ConfigError(f"train.liger: needs a CUDA device, found {device.type}; set it to false")
+    check_liger(device.type)
+    return liger_kernels()
+
+
+def check_liger(device_type: str) -> None:
+    """Refuse to use Liger where its kernels cannot run.
+
+    Raises:
+        ConfigError: no CUDA device, or the package is not installed.
+    """
+    if device_type != "cuda":
+        raise ConfigError(f"train.liger: needs a CUDA device, found {device_type}; set it to false")
     if importlib.util.find_spec("liger_kernel") is None:
         raise ConfigError("train.liger: needs the package liger-kernel; run: pip install 'llmt[liger]'")
-    return liger_kernels()
 
 
 def liger_kernels() -> Kernels:

@@ -22,6 +22,9 @@ from llmt_train.batch import PackedBatch
 _LEGACY_KEYS = frozenset({"rope_theta", "rope_scaling", "partial_rotary_factor", "torch_dtype"})
 """Keys of older config.json files that transformers still takes where the class has their successor."""
 
+_LOADING = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
+"""What transformers raises where a model cannot be loaded."""
+
 
 def load_model(spec: str | Mapping[str, Any], *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
     """Return a causal language model in training mode, its attention keeping segments apart.
@@ -60,6 +63,23 @@ def vocab_size(spec: str | Mapping[str, Any]) -> int:
     return int(config.get_text_config().vocab_size)
 
 
+def load_skeleton(spec: str | Mapping[str, Any], *, dtype: torch.dtype = torch.float32) -> Any:
+    """Return the model that `load_model` would return, as far as its config says: without weights, on the meta device.
+
+    Raises:
+        ConfigError: as `load_model`, but for what only the weights tell.
+    """
+    register()
+    with torch.device("meta"):
+        if isinstance(spec, str):
+            model = _build(_read_config(spec), dtype, f"model: {spec}: ")
+        else:
+            model = _drawn(spec["from_config"], dtype)
+    _check_layers(model.config)
+    model.config.use_cache = False
+    return model.train()
+
+
 def forward_hidden(model: Any, batch: PackedBatch, segments: Segments | None = None) -> Tensor:
     """Return what the output layer reads: the decoder's last hidden states, [N, H].
 
@@ -89,15 +109,41 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _pretrained(name: str, dtype: torch.dtype) -> Any:
+def _find(name: str) -> tuple[Path, bool]:
+    """The folder that a model's name may be of, and whether it is there."""
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     path = Path(name).expanduser()
     if looks_local and not path.is_dir():
         raise ConfigError(f"model: {name}: no such folder; wanted a folder with config.json and *.safetensors")
+    return path, path.is_dir()
+
+
+def _read_config(name: str) -> PreTrainedConfig:
+    """Config of a folder or a hub id; a folder must have weights, which are not read."""
+    path, is_folder = _find(name)
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(str(path) if is_folder else name, trust_remote_code=False)
+    except _LOADING as error:
+        raise ConfigError(_cannot_load(name, is_folder, error)) from error
+    if is_folder and not any(path.glob("*.safetensors")):
+        raise ConfigError(_cannot_load(name, is_folder, FileNotFoundError("it holds no *.safetensors")))
+    return config
+
+
+def _cannot_load(name: str, is_folder: bool, error: Exception) -> str:
+    where = "in this folder" if is_folder else "from the hub (nor is there such a folder)"
+    return (
+        f"model: {name}: cannot be loaded {where}: {_first_line(error)}; wanted a causal language model with its "
+        "weights in *.safetensors and no code of its own"
+    )
+
+
+def _pretrained(name: str, dtype: torch.dtype) -> Any:
+    path, is_folder = _find(name)
     model_class: Any = AutoModelForCausalLM
     try:
         model, loading = model_class.from_pretrained(
-            str(path) if path.is_dir() else name,
+            str(path) if is_folder else name,
             dtype=dtype,
             attn_implementation=NAME,
             use_safetensors=True,
@@ -105,12 +151,8 @@ def _pretrained(name: str, dtype: torch.dtype) -> Any:
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, with their names
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        where = "in this folder" if path.is_dir() else "from the hub (nor is there such a folder)"
-        raise ConfigError(
-            f"model: {name}: cannot be loaded {where}: {_first_line(error)}; wanted a causal language model with its "
-            "weights in *.safetensors and no code of its own"
-        ) from error
+    except _LOADING as error:
+        raise ConfigError(_cannot_load(name, is_folder, error)) from error
     if loading["mismatched_keys"]:
         key, found, wanted = sorted(loading["mismatched_keys"])[0]
         raise ConfigError(
@@ -128,14 +170,17 @@ def _pretrained(name: str, dtype: torch.dtype) -> Any:
 
 
 def _drawn(keys: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    config = _config(dict(keys))
+    return _build(_config(dict(keys)), dtype, "model: from_config: ")
+
+
+def _build(config: PreTrainedConfig, dtype: torch.dtype, place: str) -> Any:
     try:
         model_class: Any = AutoModelForCausalLM
         return model_class.from_config(config, dtype=dtype, attn_implementation=NAME, trust_remote_code=False)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # model classes check little themselves: whatever they raise, the config made it so
-        raise ConfigError(f"model: from_config: {config.model_type} cannot be built: {_first_line(error)}") from error
+        raise ConfigError(f"{place}{config.model_type} cannot be built: {_first_line(error)}") from error
 
 
 def _config(keys: dict[str, Any]) -> PreTrainedConfig:

@@ -132,6 +132,22 @@ def open_overlay(dataset: Dataset, wanted: Identity) -> dict[str, Callable[[NDAr
     return {name: _lookup(folder / f"{name}.npy", found.sha256.get(name)) for name in dataset.manifest.splits}
 
 
+def check_overlay(dataset: Dataset) -> None:
+    """Refuse a dataset that has no finished overlay of any weights: what can be said without loading them.
+
+    Raises:
+        ConfigError: naming the command that writes one.
+        FormatError: an overlay is damaged.
+    """
+    folders = _siblings(overlay_path(dataset.path, "any"))
+    found = [identity for folder in folders if (identity := read_identity(folder)) is not None]
+    if not any(identity.complete and identity.digest == dataset.digest for identity in found):
+        raise ConfigError(
+            f"dpo.reference: precomputed: no finished reference log-probs lie beside {dataset.path}; run `llmt-train "
+            "ref --config` with this config, or set `dpo.reference: model`"
+        )
+
+
 def read_identity(folder: Path) -> Identity | None:
     """Return what an overlay says it is; ``None`` where there is none.
 

@@ -28,6 +28,14 @@ def build_scheduler(
     return LambdaLR(optimizer, factor)
 
 
+def falling_steps(config: RateConfig, total: int, tokens_per_step: int) -> int:
+    """Return over how many of a run's last steps the learning rate falls."""
+    after_warmup = total - resolve(config.warmup, total, tokens_per_step)
+    if config.schedule == "wsd":
+        return min(after_warmup, resolve(config.decay or _WSD_DECAY, total, tokens_per_step))
+    return 0 if config.schedule == "constant" else after_warmup
+
+
 def lr_factor(step: int, *, total: int, schedule: str, warmup: int, decay: int, floor: float) -> float:
     """Return the learning rate of a step as a share of the largest one.
 

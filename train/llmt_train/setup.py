@@ -16,14 +16,16 @@ from llmt_shared.errors import ConfigError
 from llmt_shared.progress import say
 from llmt_train.adapt import choose_execution, choose_trained, resize_embeddings
 from llmt_train.adapters import without_adapters
+from llmt_train.attention import Machine, machine_of
 from llmt_train.batch import PackedBatch
 from llmt_train.config import FromConfig, FromSynthetic, RunConfig
 from llmt_train.data import NO_PAIRING, Pairing, Plan, plan_run, rows_consumed
 from llmt_train.head import HeadSpec, find_head
 from llmt_train.isolation import check_isolation
-from llmt_train.match import check_max_id, check_tokenizers, model_token_ids, read_token_ids
-from llmt_train.models import load_model, vocab_size
+from llmt_train.match import check_max_id, check_tokenizers, read_token_ids
+from llmt_train.models import load_model, load_skeleton, vocab_size
 from llmt_train.positions import check_positions
+from llmt_train.preflight import Preflight, adapt_skeleton, check_attention, compare_tokens, raise_problems
 from llmt_train.reference import Identity, fingerprint, frozen_copy, live_reference, open_overlay
 from llmt_train.rows import AnyDataset, AnySplit
 from llmt_train.schedule import check_schedule
@@ -73,11 +75,59 @@ def set_up(config: RunConfig) -> Setup:
 
 
 def open_data(config: RunConfig) -> tuple[AnyDataset, Plan]:
-    """Open the dataset and plan the run over its rows."""
-    dataset = open_rows(config)
-    plan = plan_run(dataset.train, config.batch, config.train)
-    check_schedule(config.optim, plan.total_steps, plan.rows_per_step * plan.length)
-    return dataset, plan
+    """Check what needs no weights; return the dataset and the plan of the run over its rows."""
+    found = preflight(config, machine_of(torch.device(device())))
+    raise_problems(found.problems)
+    assert found.dataset is not None  # they are missing only where there is a problem
+    assert found.plan is not None
+    return found.dataset, found.plan
+
+
+def preflight(config: RunConfig, machine: Machine) -> Preflight:
+    """Run every check that needs no weights: all of them, so that one problem does not hide another.
+
+    Args:
+        config: the run.
+        machine: where it is to run.
+    """
+    found = Preflight()
+    found.dataset = dataset = found.attempt(partial(_rows, config, config.model))
+    if dataset is not None:
+        found.attempt(partial(_check_kind, config, dataset))
+        found.plan = plan = found.attempt(partial(plan_run, dataset.train, config.batch, config.train))
+        if plan is not None:
+            tokens_per_step = plan.rows_per_step * plan.length
+            found.attempt(partial(check_schedule, config.optim, plan.total_steps, tokens_per_step))
+    found.skeleton = found.attempt(partial(load_skeleton, _spec(config, dataset), dtype=_dtype(config)))
+    if found.skeleton is not None:
+        if dataset is not None:
+            _check_match(found, config, dataset)
+        adapt_skeleton(found, config, machine)
+        found.calls = found.attempt(partial(check_attention, found.skeleton, config, machine))
+    return found
+
+
+def open_skeleton(config: RunConfig, dataset: AnyDataset, machine: Machine) -> Any:
+    """Return the model as it would train, without weights, as far as its config can be served."""
+    skeleton = load_skeleton(_spec(config, dataset), dtype=_dtype(config))
+    _resize(skeleton, config, dataset.tokenizer.max_id)
+    adapt_skeleton(Preflight(skeleton=skeleton), config, machine)
+    return skeleton
+
+
+def _resize(skeleton: Any, config: RunConfig, max_id: int) -> None:
+    if config.train.resize_embeddings and skeleton.get_input_embeddings().weight.shape[0] <= max_id:
+        skeleton.resize_token_embeddings(max_id + 1, mean_resizing=False)
+
+
+def _check_match(found: Preflight, config: RunConfig, dataset: AnyDataset) -> None:
+    """Compare tokens, ids and positions of the dataset with the model's."""
+    skeleton, place = found.skeleton, model_name(config)
+    if isinstance(config.model, str):
+        found.compared = found.attempt(partial(compare_tokens, config.model, dataset))
+    _resize(skeleton, config, dataset.tokenizer.max_id)
+    for check in (_check_ids, _check_lengths):
+        found.attempt(partial(check, skeleton, dataset, place))
 
 
 def open_rows(config: RunConfig, model: str | FromConfig | None = None) -> AnyDataset:
@@ -87,30 +137,31 @@ def open_rows(config: RunConfig, model: str | FromConfig | None = None) -> AnyDa
         config: the run.
         model: whose vocabulary made-up rows have, if not the run's.
     """
-    wanted = KINDS[config.task]
-    if isinstance(config.data, FromSynthetic):
-        settings, model = config.data.synthetic, model or config.model
-        spec = model if isinstance(model, str) else model.model_dump()
-        return open_synthetic(settings, wanted, settings.vocab_size or vocab_size(spec))
-    dataset = open_dataset(config.data)
-    kind = dataset.kind
+    dataset = _rows(config, model or config.model)
+    _check_kind(config, dataset)
+    return dataset
+
+
+def _rows(config: RunConfig, model: str | FromConfig) -> AnyDataset:
+    if not isinstance(config.data, FromSynthetic):
+        return open_dataset(config.data)
+    settings = config.data.synthetic
+    spec = model if isinstance(model, str) else model.model_dump()
+    return open_synthetic(settings, KINDS[config.task], settings.vocab_size or vocab_size(spec))
+
+
+def _check_kind(config: RunConfig, dataset: AnyDataset) -> None:
+    kind, wanted = dataset.kind, KINDS[config.task]
     if kind != wanted:
         fitting = " or ".join(f"`task: {task}`" for task, each in KINDS.items() if each == kind)
         raise ConfigError(f"task: {config.task}, but {config.data} is of kind {kind}; set {fitting}")
-    return dataset
 
 
 def open_model(config: RunConfig, dataset: AnyDataset) -> Any:
     """Load the model as it is before anything is changed for training, after the checks that need no weights."""
-    place = model_name(config)
-    if isinstance(config.model, str):
-        check_tokenizer(dataset, model_token_ids(config.model), place)
-    spec = config.model if isinstance(config.model, str) else _fresh(config.model, dataset)
-    dtype = torch.bfloat16 if config.precision == "bf16-true" else torch.float32
-    model = load_model(spec, dtype=dtype, seed=config.train.seed)
+    model = load_model(_spec(config, dataset), dtype=_dtype(config), seed=config.train.seed)
     if config.train.resize_embeddings:
         resize_embeddings(model, dataset.tokenizer.max_id + 1)
-    check_fits(model, dataset, place)
     return model.to(device())
 
 
@@ -128,7 +179,15 @@ def check_tokenizer(dataset: AnyDataset, ids: Mapping[str, int] | None, place: s
 
 def check_fits(model: Any, dataset: AnyDataset, place: str) -> None:
     """Refuse token ids that a model has no embedding for, and segments that it has no positions for."""
+    _check_ids(model, dataset, place)
+    _check_lengths(model, dataset, place)
+
+
+def _check_ids(model: Any, dataset: AnyDataset, place: str) -> None:
     check_max_id(dataset.tokenizer.max_id, model.get_input_embeddings().weight.shape[0], place)
+
+
+def _check_lengths(model: Any, dataset: AnyDataset, place: str) -> None:
     for split in splits_of(dataset).values():
         check_positions(model.config, split, place)
 
@@ -246,8 +305,20 @@ def describe(setup: Setup, step: int) -> str:
     return "\n".join(lines)
 
 
-def _fresh(model: FromConfig, dataset: AnyDataset) -> dict[str, dict[str, Any]]:
+def _dtype(config: RunConfig) -> torch.dtype:
+    """Of the parameters."""
+    return torch.bfloat16 if config.precision == "bf16-true" else torch.float32
+
+
+def _spec(config: RunConfig, dataset: AnyDataset | None) -> str | dict[str, dict[str, Any]]:
+    """What is loaded; without a dataset, as far as the config says."""
+    return config.model if isinstance(config.model, str) else _fresh(config.model, dataset)
+
+
+def _fresh(model: FromConfig, dataset: AnyDataset | None) -> dict[str, dict[str, Any]]:
     """Fill in the dataset's vocabulary and token ids: a family's own defaults mean nothing to another tokenizer."""
+    if dataset is None:
+        return {"from_config": model.from_config}
     entry = dataset.tokenizer
     ids = {"bos_token_id": entry.bos_id, "eos_token_id": entry.eos_id, "pad_token_id": entry.pad_id}
     ids["vocab_size"] = entry.max_id + 1

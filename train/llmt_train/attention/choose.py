@@ -14,7 +14,7 @@ from torch import Tensor
 from llmt_shared.errors import ConfigError
 from llmt_train.attention import cuda
 from llmt_train.attention.sdpa import sdpa
-from llmt_train.attention.segments import Options, Segments
+from llmt_train.attention.segments import Backend, Options, Segments
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Segments, Options], Tensor]
 
@@ -28,7 +28,8 @@ _KERNELS: Mapping[str, Kernel] = {
 BACKENDS = tuple(_KERNELS)
 """Fastest first; ``auto`` takes the first that can serve."""
 
-_MODULES = ("flash_attn_interface", "flash_attn", "triton")
+OPTIONAL_MODULES = ("flash_attn_interface", "flash_attn", "triton")
+"""Packages that a backend may need."""
 
 
 class Call(NamedTuple):
@@ -66,7 +67,7 @@ def varlen_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     dropout: float = 0.0,
-    backend: str = "auto",
+    backend: Backend = "auto",
     deterministic: bool = False,
 ) -> Tensor:
     """Attend causally inside every segment: [N, H, value size].
@@ -81,7 +82,7 @@ def varlen_attention(
         softcap: see ``Options``.
         sinks: [H]; see ``Options``.
         dropout: probability of dropping a weight.
-        backend: ``auto`` or one of ``BACKENDS``.
+        backend: ``auto``, one of ``BACKENDS``, or a kernel in their place.
         deterministic: refuse backends whose backward may differ from run to run.
 
     Raises:
@@ -94,7 +95,7 @@ def varlen_attention(
     call = Call(
         q_NHD.dtype, q_NHD.shape[2], v_NKD.shape[2], bool(softcap), sinks is not None, dropout > 0, deterministic
     )
-    kernel = _KERNELS[choose(backend, call, machine_of(q_NHD.device))]
+    kernel = _KERNELS[choose(backend, call, machine_of(q_NHD.device))] if isinstance(backend, str) else backend
     scale = q_NHD.shape[2] ** -0.5 if scale is None else scale
     return kernel(q_NHD, k_NKD, v_NKD, segments, Options(scale, window, softcap, sinks, dropout, deterministic))
 
@@ -134,7 +135,7 @@ def machine_of(device: torch.device) -> Machine:
 
 @functools.cache
 def _installed() -> frozenset[str]:
-    return frozenset(name for name in _MODULES if importlib.util.find_spec(name) is not None)
+    return frozenset(name for name in OPTIONAL_MODULES if importlib.util.find_spec(name) is not None)
 
 
 def _flash_refusal(call: Call, machine: Machine) -> str | None:

@@ -1,11 +1,14 @@
 """Where the pieces of a packed row begin and end, as attention wants to know it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+Backend = str | Callable[..., Tensor]
+"""``auto``, one of ``BACKENDS``, or a function in their place, for whoever asks about shapes and sizes alone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,15 +22,17 @@ class Segments:
     ids: Tensor
     """[N] int32 on the device; the piece of each token, from 0."""
     max_length: int
-    backend: str = "auto"
-    """The run's choice: ``auto`` or one of ``BACKENDS``. It travels with the data, so there is no global switch."""
+    backend: Backend = "auto"
+    """The run's choice. It travels with the data, so there is no global switch."""
     deterministic: bool = False
     """Whether only backends whose backward gives the same bits every time may serve."""
     block_masks: dict[int | None, Any] = field(default_factory=dict, repr=False)
     """FlexAttention's masks by window: made by the first layer that needs one, shared by the others."""
 
     @staticmethod
-    def from_lengths(lengths: Sequence[int], device: torch.device | str = "cpu", backend: str = "auto") -> "Segments":
+    def from_lengths(
+        lengths: Sequence[int], device: torch.device | str = "cpu", backend: Backend = "auto"
+    ) -> "Segments":
         """Return the segments of pieces laid end to end."""
         sizes = torch.tensor(lengths, dtype=torch.int32)
         cu_seqlens = torch.cat([sizes.new_zeros(1), sizes.cumsum(0, dtype=torch.int32)])

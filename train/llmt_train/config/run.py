@@ -52,7 +52,8 @@ class TrainConfig(StrictModel):
     def conflicts(cls, given: Mapping[str, Any]) -> Iterator[str]:
         """One of the two lengths, and only one; what compiling leaves of checkpointing."""
         if (given.get("epochs") is None) == (given.get("steps") is None):
-            yield "wanted one of `epochs` and `steps`"
+            found = "neither" if given.get("steps") is None else "both"
+            yield f"found {found}; wanted one of `epochs` and `steps`"
         checkpointing = given.get("checkpointing")
         policy = checkpointing.get("policy") if isinstance(checkpointing, Mapping) else checkpointing
         if given.get("compile") and policy == "selective":
@@ -143,7 +144,8 @@ class RunConfig(StrictModel):
 def _of_other_tasks(given: Mapping[str, Any]) -> Iterator[str]:
     task = given.get("task")
     for section, (tasks, default) in _SECTIONS.items():
-        if _is_set(given, section, default) and isinstance(task, str) and task not in tasks:
+        others = {name for fitting, _ in _SECTIONS.values() for name in fitting} - set(tasks)
+        if _is_set(given, section, default) and task in others:
             yield f"{section}: belongs to task {' and '.join(tasks)}, not to {task}; remove `{section}`"
 
 
@@ -163,7 +165,9 @@ def _between_sections(given: Mapping[str, Any]) -> Iterator[str]:
         )
     every, best = evaluation.get("every"), save.get("keep_best")
     saved = save.get("every", SaveConfig().every)
-    if best and not (isinstance(every, int) and every > 0 and isinstance(saved, int) and saved % every == 0):
+    numbers = (saved, 1 if every is None else every)
+    is_right = all(isinstance(number, int) and number > 0 for number in numbers)  # else told for itself
+    if best and is_right and (every is None or saved % every):
         yield (
             f"save.keep_best needs a held-out loss at every checkpoint, but save.every is {saved} and eval.every "
             f"{every}; wanted an eval.every that divides save.every"
