@@ -214,7 +214,7 @@ def test_a_run_that_has_begun_is_resumed_or_refused(data, tmp_path):
 
 
 def small_device(size: float) -> Callable[..., Device]:
-    return lambda bf16: this_device(bf16)._replace(name="small", memory=math.ceil(1.3 * size + 1.5e9))
+    return lambda bf16: this_device(bf16)._replace(name="small", memory=math.ceil(1.5 * size + 1.5e9))
 
 
 def test_a_run_that_does_not_fit_says_what_would(data, monkeypatch):

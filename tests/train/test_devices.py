@@ -39,7 +39,7 @@ def test_a_name_says_memory_and_capability(name, memory, capability):
 def test_room_is_left_for_what_is_no_tensor():
     assert named_device("H100", always).room == 78.5e9
     here = this_device(never)
-    assert here._replace(memory=14_500_000_000).room == 10e9
+    assert here._replace(memory=16_500_000_000).room == 10e9
     assert here._replace(memory=None).room is None
 
 
