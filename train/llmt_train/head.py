@@ -270,6 +270,8 @@ class _TokenScores(torch.autograd.Function):
                     upstream = _Upstream(one, torch.zeros_like(one), None)
                     grad_CV = _logits_grad(logits_CV, lse_T[part], labels_C, upstream, scale, softcap)
                     gradients.add(part, grad_CV, hidden_CH, weight)
+                    del grad_CV
+                del logits_CV  # before those of the next chunk are made
         ctx.save_for_backward(*(gradients or (hidden_TH, weight_VH, bias_V, labels_T, lse_T)))
         ctx.set_materialize_grads(False)
         return logps_T, lse_T, mean_T
@@ -343,6 +345,7 @@ def _late_gradients(
             upstream = _Upstream(logps_grad_T[part], lse_grad_T[part], mean_grad_C)
             grad_CV = _logits_grad(logits_CV, lse_T[part], labels_T[part], upstream, ctx.scale, ctx.softcap)
             gradients.add(part, grad_CV, hidden_CH, weight)
+            del grad_CV, logits_CV  # before those of the next chunk are made
     return gradients
 
 
