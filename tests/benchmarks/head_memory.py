@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llmt_train.head import HeadSpec, token_scores
+from llmt_train.model.head import HeadSpec, token_scores
 
 
 def plain(hidden, linear, labels):

@@ -20,7 +20,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from llmt_train import module
 from llmt_train.config import RunConfig
-from llmt_train.data import Prefetched
+from llmt_train.data.stream import Prefetched
 from llmt_train.fit import fit
 
 PARTS = ("forward", "backward", "optimizer", "waiting for rows", "clipping")

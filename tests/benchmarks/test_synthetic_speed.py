@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from llmt_train.config import SyntheticConfig
-from llmt_train.data import count, read_batch
-from llmt_train.synthetic import open_synthetic
+from llmt_train.data.stream import count, read_batch
+from llmt_train.data.synthetic import open_synthetic
 
 NUM_ROWS = 1_000_000
 KINDS = ("pretrain", "sft", "preference")

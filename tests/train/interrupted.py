@@ -10,7 +10,7 @@ import torch
 
 from llmt_train.config import RunConfig
 from llmt_train.fit import fit
-from llmt_train.metrics import read_metrics
+from llmt_train.watch.metrics import read_metrics
 
 _OF_THE_MACHINE = {"tokens_per_s", "mfu", "tflops", "data_wait", "peak_memory"}
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from train.tiny_models import VOCAB
 
 from llmt_shared.segments import Spans
-from llmt_train.batch import PackedBatch, collate
+from llmt_train.data.batch import PackedBatch, collate
 
 LENGTH = 40
 NUM_SOURCES = 3

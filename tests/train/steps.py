@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmt_train.batch import PackedBatch
 from llmt_train.config import RunConfig
-from llmt_train.head import find_head
+from llmt_train.data.batch import PackedBatch
+from llmt_train.model.head import find_head
 from llmt_train.module import TrainModule
 from llmt_train.objectives import clm
 from llmt_train.tasks import Task, build_task

@@ -14,10 +14,10 @@ from llmt_shared.dataset import open_dataset
 from llmt_shared.errors import Stopped
 from llmt_train import callbacks, checkpoints
 from llmt_train.config import RunConfig
-from llmt_train.data import rows_of_step
+from llmt_train.data.stream import rows_of_step
 from llmt_train.fit import fit
-from llmt_train.metrics import read_metrics
 from llmt_train.setup import open_data
+from llmt_train.watch.metrics import read_metrics
 
 LLAMA = {
     "model_type": "llama", "vocab_size": WORDS, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,

@@ -14,7 +14,7 @@ from train.tiny_dataset import WORDS, write_dataset
 
 from llmt_train.cli import main
 from llmt_train.config import RunConfig
-from llmt_train.metrics import read_metrics
+from llmt_train.watch.metrics import read_metrics
 
 Call = Callable[..., tuple[int, str, str]]
 CONFIG = """\

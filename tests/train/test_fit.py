@@ -17,7 +17,7 @@ from llmt_shared.errors import ConfigError, DataError, FormatError, LlmtError, S
 from llmt_train import checkpoints
 from llmt_train.config import RunConfig
 from llmt_train.fit import fit
-from llmt_train.metrics import read_metrics
+from llmt_train.watch.metrics import read_metrics
 
 LLAMA = {
     "model_type": "llama", "vocab_size": WORDS, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,

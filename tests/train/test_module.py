@@ -14,8 +14,8 @@ from train.steps import MARKS, Recorder, Stream, gradient_error, make_module, ru
 from train.tiny_models import FAMILIES, VOCAB, packed, tiny
 
 from llmt_shared.segments import Spans
-from llmt_train.batch import collate
-from llmt_train.head import find_head
+from llmt_train.data.batch import collate
+from llmt_train.model.head import find_head
 
 pytestmark = MARKS
 

@@ -16,9 +16,9 @@ from train.steps import MARKS, gradient_error, make_module, run, task_of
 from train.tiny_models import packed
 
 from llmt_shared.segments import IGNORE
-from llmt_train.batch import PackedBatch
+from llmt_train.data.batch import PackedBatch
 from llmt_train.evaluation import with_perplexity
-from llmt_train.head import Scores
+from llmt_train.model.head import Scores
 from llmt_train.objectives import _log1mexp, clm, dpo, orpo, share
 
 pytestmark = MARKS

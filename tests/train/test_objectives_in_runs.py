@@ -12,10 +12,10 @@ from train.rows import Row, Segment
 
 from llmt_shared.dataset import Dataset, Split, open_dataset
 from llmt_train.config import RunConfig
-from llmt_train.data import plan_run, rows_of_step
+from llmt_train.data.stream import plan_run, rows_of_step
 from llmt_train.fit import fit
-from llmt_train.metrics import read_metrics
-from llmt_train.models import load_model
+from llmt_train.model.load import load_model
+from llmt_train.watch.metrics import read_metrics
 
 LLAMA = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
          "num_attention_heads": 4, "initializer_range": 0.2}  # fmt: skip

@@ -18,9 +18,9 @@ from llmt_train import precompute as module
 from llmt_train.cli import app
 from llmt_train.config import RunConfig
 from llmt_train.fit import fit
-from llmt_train.metrics import read_metrics
-from llmt_train.models import load_model
+from llmt_train.model.load import load_model
 from llmt_train.precompute import precompute
+from llmt_train.watch.metrics import read_metrics
 
 LLAMA = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
          "num_attention_heads": 4, "initializer_range": 0.3}  # fmt: skip

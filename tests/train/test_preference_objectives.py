@@ -13,9 +13,9 @@ from train.plain import TOLERANCE, model_of, plain_of
 from train.rows import NUM_SOURCES, Row, Segment, count, pack, pair_rows, step_of
 from train.steps import MARKS, gradient_error, make_module, run, task_of
 
-from llmt_train.batch import PackedBatch
+from llmt_train.data.batch import PackedBatch
 from llmt_train.evaluation import with_perplexity
-from llmt_train.head import Scores, find_head
+from llmt_train.model.head import Scores, find_head
 from llmt_train.objectives import share
 from llmt_train.reference import live_reference
 

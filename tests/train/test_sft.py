@@ -14,7 +14,7 @@ from llmt_shared.config import load_config
 from llmt_shared.dataset import open_dataset
 from llmt_shared.errors import ConfigError
 from llmt_train.config import RunConfig
-from llmt_train.data import read_batch
+from llmt_train.data.stream import read_batch
 from llmt_train.fit import fit
 
 CHATS = [chat(*(f"words {n} " * (n % 5 + 1) for _ in range(2 * (n % 3 + 1)))) for n in range(24)]

@@ -20,13 +20,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llmt_prep.config import MixConfig
 from llmt_prep.pipeline import build_dataset
 from llmt_shared.dataset import Split, open_dataset
-from llmt_train.batch import collate
 from llmt_train.checkpoints import find_checkpoint
 from llmt_train.config import RunConfig
+from llmt_train.data.batch import collate
 from llmt_train.export import export, load_checkpoint_model
 from llmt_train.fit import fit
-from llmt_train.metrics import read_metrics
 from llmt_train.precompute import precompute
+from llmt_train.watch.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("all_threads")
 CHATS = Path(__file__).parents[1] / "data" / "chat"

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmt_prep.edge_texts import edge_texts
-from llmt_train.isolation import check_isolation
-from llmt_train.models import load_model
+from llmt_train.model.isolation import check_isolation
+from llmt_train.model.load import load_model
 
 pytestmark = pytest.mark.usefixtures("all_threads")
 SCRIPT = Path(__file__).parents[2] / "scripts" / "smollm2.py"

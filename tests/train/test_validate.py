@@ -17,11 +17,11 @@ from llmt_shared.errors import ConfigError, FormatError
 from llmt_train.cli import main
 from llmt_train.config import RunConfig
 from llmt_train.fit import fit
-from llmt_train.metrics import read_metrics
-from llmt_train.models import load_model
+from llmt_train.model.load import load_model
 from llmt_train.precompute import precompute
 from llmt_train.trained import load_checkpoint_model
 from llmt_train.validate import ValidateResult, table, validate
+from llmt_train.watch.metrics import read_metrics
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmt_train.batch import PackedBatch, collate
-from llmt_train.models import load_model
+from llmt_train.data.batch import PackedBatch, collate
+from llmt_train.model.load import load_model
 
 VOCAB = 97
 _COMMON = {

@@ -11,18 +11,18 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from llmt_shared.errors import DataError
-from llmt_train.blame import describe_spike, not_finite_message, spike_message
-from llmt_train.data import rows_consumed
+from llmt_train.data.stream import rows_consumed
 from llmt_train.evaluation import Record, evaluate, with_perplexity
-from llmt_train.loggers import Loggers, eval_values, train_values
-from llmt_train.metrics import MetricsFile
 from llmt_train.module import TrainModule
-from llmt_train.progress import Reporter
-from llmt_train.samples import Sampler, describe_sample, write_samples
 from llmt_train.setup import Setup
-from llmt_train.spikes import usual
-from llmt_train.step_record import Meter
 from llmt_train.stopping import StopRequest
+from llmt_train.watch.blame import describe_spike, not_finite_message, spike_message
+from llmt_train.watch.loggers import Loggers, eval_values, train_values
+from llmt_train.watch.metrics import MetricsFile
+from llmt_train.watch.progress import Reporter
+from llmt_train.watch.samples import Sampler, describe_sample, write_samples
+from llmt_train.watch.spikes import usual
+from llmt_train.watch.step_record import Meter
 
 
 @dataclass(frozen=True)

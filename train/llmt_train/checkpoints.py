@@ -25,7 +25,7 @@ from ruamel.yaml.error import YAMLError
 from llmt_shared import durable
 from llmt_shared.config import StrictModel
 from llmt_shared.errors import ConfigError, FormatError, Stopped
-from llmt_train.environment import environment
+from llmt_train.watch.environment import environment
 
 WEIGHTS = "lightning.ckpt"
 """Lightning's file: weights, optimizer state, schedule, counts."""

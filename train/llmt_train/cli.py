@@ -105,9 +105,9 @@ def check(
     from llmt_train.config import RunConfig
 
     settings = load_config(config, RunConfig, overrides or [])  # a typing mistake must not wait for torch
-    from llmt_train.check import check as check_run
-    from llmt_train.preflight import raise_problems
-    from llmt_train.report import as_data, as_text
+    from llmt_train.check.check import check as check_run
+    from llmt_train.check.preflight import raise_problems
+    from llmt_train.check.report import as_data, as_text
 
     report = check_run(settings, on)
     typer.echo(json.dumps(as_data(report)) if as_json else as_text(report))

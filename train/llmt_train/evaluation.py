@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from llmt_train.data import eval_batches
-from llmt_train.models import evaluating
+from llmt_train.data.stream import eval_batches
+from llmt_train.model.load import evaluating
 from llmt_train.module import TrainModule
 from llmt_train.setup import Setup, device, in_precision
 

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from llmt_shared.errors import ConfigError, DataError, FormatError
 from llmt_train import checkpoints
-from llmt_train.adapters import merge_adapters
-from llmt_train.batch import collate
+from llmt_train.data.batch import collate
+from llmt_train.model.adapters import merge_adapters
 from llmt_train.quiet import quiet_transformers
 from llmt_train.trained import load_checkpoint_model
 

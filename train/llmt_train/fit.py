@@ -16,29 +16,29 @@ from llmt_shared.errors import ConfigError, Stopped
 from llmt_shared.progress import say
 from llmt_train import checkpoints
 from llmt_train.callbacks import Run, StepCallback
+from llmt_train.check.preflight import Begun, check_resumption
 from llmt_train.config import RunConfig
-from llmt_train.data import Plan, Prefetched, train_batches
+from llmt_train.data.stream import Plan, Prefetched, train_batches
 from llmt_train.lock import NAME as LOCK
 from llmt_train.lock import locked
-from llmt_train.loggers import FOLDERS as LOGGER_FOLDERS
-from llmt_train.loggers import NAME as LOGGERS
-from llmt_train.loggers import check_packages, telling
-from llmt_train.metrics import NAME as METRICS
-from llmt_train.metrics import MetricsFile, read_metrics
 from llmt_train.module import TrainModule
 from llmt_train.optim import build_optimizer
-from llmt_train.preflight import Begun, check_resumption
-from llmt_train.progress import Reporter
 from llmt_train.quiet import quiet_lightning, quiet_transformers
-from llmt_train.runlog import NAME as RUN_LOG
-from llmt_train.runlog import RunLog
-from llmt_train.samples import NAME as SAMPLES
-from llmt_train.samples import Sampler, prepare_sampler
 from llmt_train.schedule import build_scheduler
 from llmt_train.setup import Setup, describe, set_up, uses_bf16
-from llmt_train.spikes import WINDOW, recent_losses
-from llmt_train.step_record import Meter, flops_of, peak_of_this_device
 from llmt_train.stopping import StopRequest
+from llmt_train.watch.loggers import FOLDERS as LOGGER_FOLDERS
+from llmt_train.watch.loggers import NAME as LOGGERS
+from llmt_train.watch.loggers import check_packages, telling
+from llmt_train.watch.metrics import NAME as METRICS
+from llmt_train.watch.metrics import MetricsFile, read_metrics
+from llmt_train.watch.progress import Reporter
+from llmt_train.watch.runlog import NAME as RUN_LOG
+from llmt_train.watch.runlog import RunLog
+from llmt_train.watch.samples import NAME as SAMPLES
+from llmt_train.watch.samples import Sampler, prepare_sampler
+from llmt_train.watch.spikes import WINDOW, recent_losses
+from llmt_train.watch.step_record import Meter, flops_of, peak_of_this_device
 
 _FOLDERS = ("checkpoints", "tokenizer", *LOGGER_FOLDERS)
 _FILES = (METRICS, SAMPLES, RUN_LOG, LOGGERS)

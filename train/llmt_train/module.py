@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from llmt_shared.order import key
-from llmt_train.adapters import check_trained_state, trained_state
-from llmt_train.batch import PackedBatch
-from llmt_train.head import HeadSpec, Scores, model_scores
-from llmt_train.neftune import noisy_embeddings
+from llmt_train.data.batch import PackedBatch
+from llmt_train.model.adapters import check_trained_state, trained_state
+from llmt_train.model.head import HeadSpec, Scores, model_scores
+from llmt_train.model.neftune import noisy_embeddings
 from llmt_train.objectives import Measures, share
 from llmt_train.tasks import Task
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmt_shared.segments import IGNORE
-from llmt_train.batch import PackedBatch
-from llmt_train.head import Scores
+from llmt_train.data.batch import PackedBatch
+from llmt_train.model.head import Scores
 
 
 class Measure(NamedTuple):

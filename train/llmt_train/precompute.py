@@ -18,13 +18,13 @@ from llmt_shared import durable
 from llmt_shared.dataset import Dataset
 from llmt_shared.errors import ConfigError, DataError, Stopped
 from llmt_shared.progress import stage
-from llmt_train.batch import PackedBatch
 from llmt_train.config import RunConfig
-from llmt_train.data import Prefetched, read_ahead, read_batch
+from llmt_train.data.batch import PackedBatch
+from llmt_train.data.rows import AnySplit
+from llmt_train.data.stream import Prefetched, read_ahead, read_batch
 from llmt_train.lock import locked
 from llmt_train.quiet import quiet_transformers
 from llmt_train.reference import IDENTITY, Identity, fingerprint, live_reference, overlay_path, read_identity
-from llmt_train.rows import AnySplit
 from llmt_train.setup import check_model, device, identity, in_precision, open_data, open_model, splits_of
 from llmt_train.stopping import StopRequest
 

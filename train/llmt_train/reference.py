@@ -26,9 +26,9 @@ from llmt_shared.config import StrictModel
 from llmt_shared.dataset import Dataset
 from llmt_shared.errors import ConfigError, FormatError
 from llmt_shared.progress import say
-from llmt_train.batch import PackedBatch
-from llmt_train.head import HeadSpec, model_scores
-from llmt_train.models import evaluating
+from llmt_train.data.batch import PackedBatch
+from llmt_train.model.head import HeadSpec, model_scores
+from llmt_train.model.load import evaluating
 from llmt_train.objectives import pair_logps
 
 FORMAT = 1

@@ -14,22 +14,22 @@ from transformers import CONFIG_MAPPING
 from llmt_shared.dataset import Dataset, open_dataset
 from llmt_shared.errors import ConfigError
 from llmt_shared.progress import say
-from llmt_train.adapt import choose_execution, choose_trained, resize_embeddings
-from llmt_train.adapters import without_adapters
 from llmt_train.attention import Machine, machine_of
-from llmt_train.batch import PackedBatch
+from llmt_train.check.preflight import Preflight, adapt_skeleton, check_attention, compare_tokens, raise_problems
 from llmt_train.config import FromConfig, FromSynthetic, RunConfig
-from llmt_train.data import NO_PAIRING, Pairing, Plan, plan_run, rows_consumed
-from llmt_train.head import HeadSpec, find_head
-from llmt_train.isolation import check_isolation
-from llmt_train.match import check_max_id, check_tokenizers, read_token_ids
-from llmt_train.models import load_model, load_skeleton, vocab_size
-from llmt_train.positions import check_positions
-from llmt_train.preflight import Preflight, adapt_skeleton, check_attention, compare_tokens, raise_problems
+from llmt_train.data.batch import PackedBatch
+from llmt_train.data.rows import AnyDataset, AnySplit
+from llmt_train.data.stream import NO_PAIRING, Pairing, Plan, plan_run, rows_consumed
+from llmt_train.data.synthetic import open_synthetic
+from llmt_train.model.adapt import choose_execution, choose_trained, resize_embeddings
+from llmt_train.model.adapters import without_adapters
+from llmt_train.model.head import HeadSpec, find_head
+from llmt_train.model.isolation import check_isolation
+from llmt_train.model.load import load_model, load_skeleton, vocab_size
+from llmt_train.model.match import check_max_id, check_tokenizers, read_token_ids
+from llmt_train.model.positions import check_positions
 from llmt_train.reference import Identity, fingerprint, frozen_copy, live_reference, open_overlay
-from llmt_train.rows import AnyDataset, AnySplit
 from llmt_train.schedule import check_schedule
-from llmt_train.synthetic import open_synthetic
 from llmt_train.tasks import KINDS, Task, build_task
 
 

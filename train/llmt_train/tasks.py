@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from llmt_train.batch import PackedBatch
 from llmt_train.config import RunConfig
+from llmt_train.data.batch import PackedBatch
 from llmt_train.objectives import Objective, clm, dpo, orpo
 
 KINDS: Mapping[str, str] = {"pretrain": "pretrain", "sft": "sft", "dpo": "preference", "orpo": "preference"}

@@ -9,11 +9,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmt_shared.errors import ConfigError, FormatError
 from llmt_train import checkpoints
-from llmt_train.adapt import resize_embeddings
-from llmt_train.adapters import add_adapters, check_trained_state
 from llmt_train.attention import NAME, register
 from llmt_train.config import LoraConfig
-from llmt_train.models import load_model
+from llmt_train.model.adapt import resize_embeddings
+from llmt_train.model.adapters import add_adapters, check_trained_state
+from llmt_train.model.load import load_model
 from llmt_train.module import without_prefix
 from llmt_train.reference import fingerprint
 

@@ -9,16 +9,16 @@ from llmt_shared.config import load_config
 from llmt_shared.errors import ConfigError
 from llmt_shared.progress import stage
 from llmt_train import checkpoints
-from llmt_train.adapters import is_adapter
 from llmt_train.config import BatchConfig, FromConfig, RunConfig, TrainConfig
-from llmt_train.data import Pairing, Plan, plan_run
+from llmt_train.data.rows import AnyDataset
+from llmt_train.data.stream import Pairing, Plan, plan_run
 from llmt_train.evaluation import Record, evaluate
 from llmt_train.fit import build_module
-from llmt_train.head import HeadSpec
-from llmt_train.match import read_token_ids
+from llmt_train.model.adapters import is_adapter
+from llmt_train.model.head import HeadSpec
+from llmt_train.model.match import read_token_ids
 from llmt_train.quiet import quiet_transformers
 from llmt_train.reference import fingerprint
-from llmt_train.rows import AnyDataset
 from llmt_train.setup import (
     Setup,
     check_fits,

@@ -8,9 +8,9 @@ import loader_job
 from loader_job import LENGTH
 
 from llmt_shared.dataset import open_dataset
-from llmt_train.batch import PackedBatch
 from llmt_train.config import BatchConfig, TrainConfig
-from llmt_train.data import Prefetched, plan_run, train_batches
+from llmt_train.data.batch import PackedBatch
+from llmt_train.data.stream import Prefetched, plan_run, train_batches
 
 ROWS_PER_STEP = 64
 

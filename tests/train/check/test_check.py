@@ -1,0 +1,316 @@
+"""Whether a run would begin, what it is made of, and what it needs: known before anything is spent."""
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import small_datasets
+import torch
+from train.tiny_dataset import WORDS, write_dataset, write_tokenizer
+from train.tiny_models import tiny
+
+from llmt_shared import order
+from llmt_shared.dataset import open_dataset
+from llmt_shared.errors import ConfigError
+from llmt_train import setup
+from llmt_train.check import check as module
+from llmt_train.check.check import check
+from llmt_train.check.devices import Device, this_device
+from llmt_train.check.report import as_text
+from llmt_train.cli import main
+from llmt_train.config import RunConfig
+from llmt_train.fit import fit
+
+LENGTH = 16
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("check") / "data", length=LENGTH)
+
+
+def make(dataset: Path, **changes) -> RunConfig:
+    run = {
+        "task": "pretrain",
+        "model": {"from_config": LLAMA},
+        "data": str(dataset),
+        "output": str(dataset.with_name("run")),
+        "batch": {"tokens": 5 * LENGTH, "micro_rows": 2},
+        "train": {"epochs": 2},
+        "optim": {"lr": 1e-3, "schedule": "wsd", "warmup": "10%", "decay": "20%"},
+        "precision": "fp32",
+    }
+    return RunConfig.model_validate(run | changes)
+
+
+def problems(config: RunConfig, on: str | None = None) -> list[str]:
+    return [str(problem) for problem in check(config, on).problems]
+
+
+def test_a_run_that_would_begin_is_described(data):
+    """24 rows twice in steps of 5 are 9 steps and one of 3."""
+    report = check(make(data))
+    assert report.problems == []
+    assert (report.data.rows, report.data.length, report.data.held_out, report.data.max_id) == (24, 16, 4, WORDS - 1)
+    assert report.data.fill == pytest.approx(small_fill(data))
+    assert (report.run.steps, report.run.rows, report.run.epochs) == (10, 48, 2.0)
+    assert (report.run.rows_per_step, report.run.micro_batches, report.run.rows_of_last_step) == (5, 3, 3)
+    assert (report.run.warmup_steps, report.run.decay_steps) == (1, 2)
+    assert (report.model.precision, report.model.attention) == ("fp32", "sdpa")
+
+
+def small_fill(data: Path) -> float:
+    entry = json.loads((data / "MANIFEST.json").read_text())["splits"]["train"]
+    return entry["tokens"] / (entry["rows"] * LENGTH)
+
+
+@pytest.mark.parametrize(("schedule", "steps"), [("constant", 0), ("linear", 9), ("cosine", 9), ("wsd", 2)])
+def test_the_learning_rate_falls_over_the_last_steps(data, schedule, steps):
+    assert check(make(data, optim={"lr": 1e-3, "schedule": schedule, "warmup": 1})).run.decay_steps == steps
+
+
+def test_time_is_arithmetic_by_speed(data, monkeypatch):
+    monkeypatch.setattr(module, "this_device", lambda bf16: this_device(bf16)._replace(flops=1e9, utilisation=0.5))
+    time = check(make(data)).time
+    assert time.seconds_per_step == pytest.approx(time.flops_per_step / 5e8)
+    assert time.seconds == pytest.approx(time.seconds_per_step * 48 / 5)
+    full = check(make(data, train={"epochs": 2, "checkpointing": {"policy": "full", "every": 2}})).time
+    assert full.flops_per_step == time.flops_per_step
+    assert full.seconds == pytest.approx(time.seconds * (1 + 1 / 6))
+
+
+def test_the_arithmetic_of_a_step_is_that_of_its_segments(data):
+    """6 for each weight and token; 12 for each element of a head, layer, query and key that it sees."""
+    split = open_dataset(data).train
+    lengths = split.segments(order.endless_rows(42, 0, 5, split.num_rows)).length.astype(int)
+    weights = 2 * (32 * 32 * 2 + 2 * 32 * 16 + 3 * 32 * 48) + WORDS * 32
+    wanted = 6 * weights * lengths.sum() + 12 * 2 * 32 * (lengths * (lengths + 1) // 2).sum()
+    assert check(make(data)).time.flops_per_step == pytest.approx(wanted)
+
+
+def test_all_problems_are_told_at_once(data):
+    wrong = make(
+        data,
+        task="sft",
+        model={"from_config": LLAMA | {"vocab_size": 8, "max_position_embeddings": 4}},
+        batch={"tokens": 81},
+        attention="flash2",
+        train={"epochs": 1, "freeze": ["nothing"], "liger": True},
+    )
+    found = problems(wrong)
+    words = ("task: sft", "batch.tokens: 81", "id 39", "4 positions", "train.liger", "train.freeze",
+             "attention: flash2")  # fmt: skip
+    assert len(found) == len(words)
+    assert all(word in text for word, text in zip(words, found, strict=True)), found
+
+
+def test_fit_refuses_with_the_same_words(data):
+    wrong = make(data, task="sft", batch={"tokens": 81}, attention="flash2")
+    with pytest.raises(ConfigError) as caught:
+        fit(wrong)
+    assert str(caught.value).splitlines() == problems(wrong)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"data": "/nowhere"}, "/nowhere: no such dataset"),
+        ({"model": "./nowhere"}, "model: ./nowhere: no such folder"),
+        ({"model": {"from_config": LLAMA | {"hidden_sizes": 3}}}, "did you mean 'hidden_size'?"),
+        ({"model": {"from_config": {"model_type": "bloom"}}}, "bloom: its layers never call packed attention"),
+        ({"model": {"from_config": {"model_type": "falcon"}}}, "its attention is its own"),
+        ({"optim": {"lr": 1e-3, "warmup": 11}}, "optim.warmup: 11 is 11 steps, but the run has 10"),
+        ({"lora": {"targets": ["nowhere"]}}, "lora.targets"),
+        ({"train": {"epochs": 1, "liger": True}}, "train.liger: needs a CUDA device"),
+    ],
+)
+def test_a_run_that_would_not_begin_says_why(data, changes, word):
+    [text] = problems(make(data, **changes))
+    assert word in text
+
+
+def save(folder: Path, model, words: int = WORDS) -> Path:
+    model.save_pretrained(folder)
+    write_tokenizer(folder, words)
+    return folder
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    return save(tmp_path / "model", tiny("llama", vocab_size=64))
+
+
+def test_weights_are_never_read(data, saved, monkeypatch):
+    (saved / "model.safetensors").write_bytes(b"no weights")
+    monkeypatch.setattr(setup, "load_model", lambda *_, **__: pytest.fail("loads a model"))
+    report = check(make(data, model=str(saved)))
+    assert report.problems == []
+    assert report.data.common_tokens == WORDS
+    assert report.model.parameters == sum(parameter.numel() for parameter in tiny("llama", vocab_size=64).parameters())
+
+
+def test_a_folder_without_weights_is_refused(data, saved):
+    (saved / "model.safetensors").unlink()
+    [text] = problems(make(data, model=str(saved)))
+    assert "holds no *.safetensors" in text
+
+
+def test_another_tokenizer_is_refused(data, saved):
+    write_tokenizer(saved, WORDS + 2)  # its last words have other ids
+    [text] = problems(make(data, model=str(saved)))
+    assert "its tokenizer is not the one that packed the dataset" in text
+
+
+def test_embeddings_that_are_to_be_resized_may_be_too_few(data):
+    model = {"from_config": LLAMA | {"vocab_size": 8}}
+    report = check(make(data, model=model, train={"epochs": 1, "resize_embeddings": True}))
+    assert report.problems == []
+    assert report.model.embeddings == WORDS
+
+
+def test_a_gpu_that_is_elsewhere_decides_what_can_serve(data):
+    run = make(data, attention="flash2", precision="auto")
+    assert "needs a CUDA device" in problems(run)[0]
+    report = check(run, "H100")
+    assert report.problems == []
+    assert report.model.precision == "bf16 with fp32 weights"
+    assert "needs fp16 or bf16" in problems(make(data, attention="flash2"), "H100")[0]
+    assert "needs a Hopper GPU" in problems(make(data, attention="flash3", precision="bf16"), "A100")[0]
+
+
+def test_reference_log_probs_that_are_not_there_are_told(tmp_path):
+    pairs = small_datasets.build_chats(tmp_path, "preference")
+    model = {"from_config": {key: value for key, value in LLAMA.items() if key != "max_position_embeddings"}}
+    run = make(pairs, task="dpo", model=model, batch={"tokens": 800}, dpo={"reference": "precomputed"})
+    [text] = problems(run)
+    assert "no finished reference log-probs" in text
+    assert check(run.model_copy(update={"dpo": run.dpo.model_copy(update={"reference": "model"})})).problems == []
+
+
+def test_a_run_that_has_begun_is_resumed_or_refused(data, tmp_path):
+    run = make(data, output=str(tmp_path / "run"), precision="auto", train={"steps": 3})
+    fit(run)
+    longer = run.model_copy(update={"train": run.train.model_copy(update={"steps": 10})})
+    report = check(longer)
+    assert (report.problems, report.resumes_after) == ([], 3)
+    assert "resumes after step 3" in as_text(report)
+    [text] = problems(make(data, output=str(tmp_path / "run"), train={"steps": 10, "seed": 1}))
+    assert "cannot resume, because this is another run now" in text
+    assert "train.seed" in text
+    with pytest.raises(ConfigError, match="cannot resume"):
+        fit(make(data, output=str(tmp_path / "run"), train={"steps": 10, "seed": 1}))
+
+
+def small_device(size: float) -> Callable[..., Device]:
+    return lambda bf16: this_device(bf16)._replace(name="small", memory=math.ceil(1.5 * size + 1.5e9))
+
+
+def test_a_run_that_does_not_fit_says_what_would(data, monkeypatch):
+    run = make(data, batch={"tokens": 8 * LENGTH, "micro_rows": 8})
+    needed = check(run).memory
+    assert needed is not None
+    monkeypatch.setattr(module, "this_device", small_device(needed.total - 1))
+    report = check(run)
+    [text] = [str(problem) for problem in report.problems]
+    assert text.startswith("memory: the run needs ")
+    assert [change.setting for change in report.remedies] == [
+        "batch.micro_rows: 4",
+        "train.checkpointing: selective",
+        "precision: bf16",
+    ]
+    assert all(change.total < needed.total and change.setting in text for change in report.remedies)
+    assert "does not fit into" in as_text(report)
+
+
+def test_a_run_that_nothing_makes_fit_says_so(data, monkeypatch):
+    monkeypatch.setattr(module, "this_device", small_device(1000))
+    assert "a smaller model, `lora`, or a device with more memory would help" in problems(make(data))[0]
+
+
+def test_a_model_that_cannot_run_without_numbers_is_described_without_memory(data, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("numbers wanted\nmore")
+
+    monkeypatch.setattr(module, "estimate_memory", fail)
+    report = check(make(data))
+    assert (report.problems, report.memory) == ([], None)
+    assert "memory  not known: RuntimeError: numbers wanted" in as_text(report)
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    def called(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["llmt-train", "check", *(str(argument) for argument in arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        return (caught.value.code or 0, *capsys.readouterr())
+
+    return called
+
+
+@pytest.fixture
+def path(data: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(make(data).model_dump(mode="json", exclude_unset=True)))
+    return path
+
+
+def test_the_report_is_one_aligned_table(call, path):
+    code, out, err = call("--config", path)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert [line.split("  ")[0] for line in lines if not line.startswith(" ")] == [
+        "config", "data", "tokens", "model", "step", "run", "memory", "time",
+    ]  # fmt: skip
+    starts = {len(line) - len(line[17:].lstrip()) for line in lines if not line.startswith("  ")}
+    assert starts == {19}
+    assert "5 rows = 80 tokens, in 3 micro-batches of at most 2 rows; the last has 3 rows" in out
+
+
+def test_the_report_is_data_for_a_script(call, path):
+    code, out, _ = call("--config", path, "--json", "--on", "H100")
+    report = json.loads(out)
+    assert code == 0
+    assert report["problems"] == []
+    assert report["device"] == {"name": "H100 80 GB", "memory": 80 * 10**9, "room": 78.5e9, "flops": None}
+    assert report["memory"]["total"] == sum(size for name, size in report["memory"].items() if name != "total")
+    assert report["run"]["steps"] == 10
+
+
+def test_problems_go_to_stderr_and_what_is_known_to_stdout(call, path):
+    code, out, err = call("--config", path, "batch.tokens=81", "attention=flash2")
+    assert code == 2
+    assert err.startswith("error: batch.tokens: 81")
+    assert err.count("\n") == 2
+    assert "Traceback" not in err
+    assert out.startswith("config  ok\ndata ")
+    code, out, err = call("--config", path, "batch.tokens=81", "--json")
+    assert (code, json.loads(out)["problems"]) == (2, [err.removeprefix("error: ").strip()])
+
+
+def test_a_dataset_that_is_damaged_keeps_its_exit_code(call, path):
+    code, _, err = call("--config", path, "data=/nowhere")
+    assert (code, err.count("error: ")) == (3, 1)
+
+
+def test_an_unknown_gpu_is_a_mistake_of_the_command_line(call, path):
+    code, out, err = call("--config", path, "--on", "H1O0")
+    assert (code, out) == (2, "")
+    assert "did you mean 'H100'?" in err
+
+
+def test_no_gpu_is_asked_for(data, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "init", lambda: pytest.fail("wakes up a GPU"))
+    assert check(make(data), "H100").problems == []

@@ -1,0 +1,122 @@
+"""Low-rank adapters in the layers of a model, by `peft`: added, switched off, merged, told apart from the model."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmt_shared.errors import ConfigError, FormatError
+from llmt_train.config import LoraConfig
+from llmt_train.model.freezing import matching
+
+_MARK = ".lora_"
+"""What the names of all parameters of adapters have in them."""
+
+
+def add_adapters(model: Any, config: LoraConfig, *, seed: int) -> None:
+    """Put an adapter beside every target layer; nothing but the adapters and ``train_also`` trains from then on.
+
+    The second matrix of an adapter is 0, so that the model is as it was. Adapters are fp32, whatever the model is.
+
+    Args:
+        model: of transformers; changed in place, its class stays.
+        config: of the adapters.
+        seed: of the adapters' first matrices; torch's own generator is left as it was.
+
+    Raises:
+        ConfigError: `peft` is not there; a target or pattern finds nothing.
+    """
+    try:
+        from peft import LoraConfig as PeftConfig
+    except ModuleNotFoundError:
+        raise ConfigError("lora: needs the package peft; run: pip install 'llmt[peft]'") from None
+    linear = _linear_layers(model)
+    _check_targets(config.targets, linear)
+    peft_config = PeftConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        lora_dropout=config.dropout,
+        use_rslora=config.rank_stabilised,
+        target_modules=config.targets if isinstance(config.targets, str) else list(config.targets),
+        fan_in_fan_out="Conv1D" in linear.values(),
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.add_adapter(peft_config)
+    for name, parameter in model.named_parameters():
+        if is_adapter(name):
+            parameter.data = parameter.data.float()
+    for parameter in matching(model, config.train_also, "lora.train_also"):
+        parameter.requires_grad_(True)
+
+
+def is_adapter(parameter: str) -> bool:
+    """Return whether a name is of an adapter's parameter."""
+    return _MARK in parameter
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """The model as it was before `add_adapters`, for a while."""
+    layers = _layers(model)
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return what a model with adapters has learned: all that a checkpoint needs beside the model it began with."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def check_trained_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Compare the names and shapes of a state with what the model has to learn.
+
+    Raises:
+        FormatError: it is of other adapters.
+    """
+    wanted = {name: tensor.shape for name, tensor in trained_state(model).items()}
+    found = {name: tensor.shape for name, tensor in state.items()}
+    if wanted != found:
+        odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        raise FormatError(f"the checkpoint holds other adapters than the run's; the first that differs: {odd[0]}")
+
+
+def merge_adapters(model: Any) -> None:
+    """Add every adapter's update to the weights beside it and remove the adapters."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    for name, layer in adapted:
+        layer.merge()
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, layer.get_base_layer())
+    model._hf_peft_config_loaded = False
+    model.__dict__.pop("peft_config", None)
+
+
+def _layers(model: nn.Module) -> list[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _linear_layers(model: nn.Module) -> dict[str, str]:
+    """Class of each linear layer by the last part of its name."""
+    named = ((name.rpartition(".")[2], type(module).__name__) for name, module in model.named_modules())
+    return {name: kind for name, kind in named if kind in ("Linear", "Conv1D")}
+
+
+def _check_targets(targets: str | tuple[str, ...], linear: Mapping[str, str]) -> None:
+    unknown = [target for target in targets if target not in linear] if targets != "all-linear" else []
+    if unknown:
+        raise ConfigError(
+            f"lora.targets: the model has no linear layer {unknown[0]!r}; it has {', '.join(sorted(linear))}"
+        )
