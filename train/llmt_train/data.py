@@ -161,7 +161,7 @@ def count(split: Split, rows: NDArray[np.int64]) -> dict[str, float]:
     ``targets``; for preference data also ``pairs``, ``chosen_targets`` (on the chosen sides) and ``chosen_labels`` (on
     the chosen sides, prompts included). A step without any has the sum 0; dividing by 1 keeps it 0.
     """
-    counts = {"targets": int(split.row_targets.gather(rows).sum(dtype=np.int64))}
+    counts = {"targets": int(split.row_targets.take(rows).sum(dtype=np.int64))}
     table = split.pairs(rows)
     if table is not None:
         counts["pairs"] = len(table.segments)
