@@ -123,21 +123,15 @@ class ChunkedArray:
             out[place] = self._chunk(chunk).values[offset]
         return out
 
-    def gather(self, indices: Sequence[int] | NDArray[np.integer]) -> NDArray[Any]:
-        """The same as `take`, chunk by chunk: faster for many numbers, slower for a few rows."""
-        where = np.asarray(indices, np.int64)
-        if where.size and not 0 <= where.min() <= where.max() < len(self):
-            raise IndexError(f"{self.path.name}: {where.tolist()} are not all in 0 .. {len(self)}")
-        chunks, offsets = np.divmod(where, self.chunk_shape[0])
-        out = np.empty((len(where), *self.shape[1:]), self.dtype)
-        for chunk in np.flatnonzero(np.bincount(chunks)).tolist():
-            mine = np.flatnonzero(chunks == chunk)
+    def slices(self, borders: NDArray[np.int64]) -> NDArray[Any]:
+        """Return ``array[first:last]`` of [n, 2] borders inside the array, one after another."""
+        indices = ranges(borders[:, 0], borders[:, 1] - borders[:, 0])
+        chunks, offsets = np.divmod(indices, self.chunk_shape[0])
+        out = np.empty((len(indices), *self.shape[1:]), self.dtype)
+        for chunk in np.bincount(chunks).nonzero()[0].tolist():
+            mine = (chunks == chunk).nonzero()[0]
             out[mine] = self._chunk(chunk).values[offsets[mine]]
         return out
-
-    def slices(self, borders: NDArray[np.int64]) -> NDArray[Any]:
-        """Return ``array[first:last]`` of [n, 2] borders, one after another."""
-        return self.gather(ranges(borders[:, 0], borders[:, 1] - borders[:, 0]))
 
     def will_need(self, indices: Sequence[int] | NDArray[np.integer]) -> None:
         """Have the kernel fetch ``array[indices]`` in the background; does nothing where it cannot be told so."""
@@ -148,13 +142,12 @@ class ChunkedArray:
             before = offset * size % mmap.PAGESIZE
             self._chunk(chunk).memory.madvise(mmap.MADV_WILLNEED, offset * size - before, size + before)
 
-    def _places(self, indices: Sequence[int] | NDArray[np.integer]) -> Iterator[tuple[int, int]]:
+    def _places(self, indices: Sequence[int] | NDArray[np.integer]) -> list[tuple[int, int]]:
         """Chunk of each index, and its place there."""
-        num_rows, per_chunk = self.shape[0], self.chunk_shape[0]
-        for index in np.asarray(indices).tolist():  # NumPy's own numbers are slow to reckon with
-            if not 0 <= index < num_rows:
-                raise IndexError(f"{self.path.name}: {index} is not in 0 .. {num_rows}")
-            yield divmod(index, per_chunk)
+        found = np.asarray(indices).tolist()  # NumPy's own numbers are slow to reckon with
+        if found and not 0 <= min(found) <= max(found) < self.shape[0]:
+            raise IndexError(f"{self.path}: {found} are not all in 0 .. {self.shape[0]}")
+        return [divmod(index, self.chunk_shape[0]) for index in found]
 
     def _views(self, start: int, stop: int) -> Iterator[NDArray[Any]]:
         """Yield ``array[start:stop]`` chunk by chunk."""
@@ -218,7 +211,7 @@ class Split:
 
     def targets(self, rows: Sequence[int] | NDArray[np.integer]) -> NDArray[np.uint32]:
         """[R] labels that count in the loss."""
-        return self.row_targets.gather(rows)
+        return self.row_targets.take(rows)
 
     def will_need(self, rows: Sequence[int] | NDArray[np.integer]) -> None:
         """Begin to fetch the tokens of rows that are to be read soon."""
@@ -264,7 +257,9 @@ class Split:
     def _borders(self, offsets: ChunkedArray, rows: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int64]:
         """[R, 2] first and last of what each row owns."""
         first = np.asarray(rows, np.int64)
-        return offsets.gather(np.stack([first, first + 1], axis=1).ravel()).reshape(-1, 2)
+        if first.size and not 0 <= first.min() <= first.max() < self.num_rows:
+            raise IndexError(f"{self.path}: rows {first.tolist()} are not all in 0 .. {self.num_rows}")
+        return offsets.slices(np.stack([first, first + 2], axis=1)).reshape(-1, 2)
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ def labels(tokens: NDArray[np.integer], pieces: Pieces, spans: Spans | None) -> 
     found = np.empty(len(tokens), np.int64)
     found[:-1] = tokens[1:]
     found[pieces.borders[1:] - 1] = IGNORE
-    for piece in np.flatnonzero(pieces.source < 0).tolist():
+    for piece in (pieces.source < 0).nonzero()[0].tolist():
         found[pieces.borders[piece] : pieces.borders[piece + 1]] = IGNORE
     if spans is not None:
         found[:-1][~_inside(spans, len(tokens))[1:]] = IGNORE
@@ -157,7 +157,7 @@ def ranges(first: NDArray[np.int64], count: NDArray[np.int64]) -> NDArray[np.int
     >>> ranges(np.array([7, 0]), np.array([2, 3])).tolist()
     [7, 8, 0, 1, 2]
     """
-    numbers: NDArray[np.int64] = np.repeat(first - (np.cumsum(count) - count), count)
+    numbers: NDArray[np.int64] = (first - (count.cumsum() - count)).repeat(count)  # type: ignore[assignment]
     numbers += _counting(len(numbers))
     return numbers
 

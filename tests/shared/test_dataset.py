@@ -121,17 +121,6 @@ def test_rows_are_taken_in_the_order_asked_for(rows):
         assert np.array_equal(ChunkedArray(Path(folder)).take(rows), tokens[np.array(rows, int)])
 
 
-@given(st.lists(st.integers(0, 9), max_size=20))
-def test_rows_that_are_gathered_are_those_that_are_taken(rows):
-    """With repeats, in any order, from some or all of four chunks."""
-    tokens = np.arange(40, dtype=np.uint16).reshape(10, 4)
-    with tempfile.TemporaryDirectory() as folder:
-        write_tokens(Path(folder), tokens, 3)
-        found = ChunkedArray(Path(folder)).gather(rows)
-    assert found.dtype == tokens.dtype
-    assert np.array_equal(found, tokens[np.array(rows, int)])
-
-
 @given(st.lists(st.tuples(st.integers(0, 10), st.integers(0, 10)).map(sorted), max_size=6))
 def test_slices_come_one_after_another(borders):
     tokens = np.arange(20, dtype=np.uint16).reshape(10, 2)
@@ -145,7 +134,7 @@ def test_slices_come_one_after_another(borders):
 def test_what_is_not_there_is_an_index_error_however_it_is_read(tmp_path, index):
     write_tokens(tmp_path, np.zeros((10, 4), np.uint16), 3)
     array = ChunkedArray(tmp_path)
-    for read in (array.take, array.gather, array.will_need):
+    for read in (array.take, array.will_need):
         with pytest.raises(IndexError):
             read([2, index])
 
