@@ -127,6 +127,17 @@ def test_a_target_that_is_not_there_is_named_with_those_that_are():
         add_adapters(tiny("llama"), LORA.model_copy(update={"targets": ("q_proj", "qproj")}), seed=0)
 
 
+def test_an_output_layer_that_is_the_embedding_too_takes_no_adapter():
+    """Merged, its update would change the embedding as well."""
+    config = LORA.model_copy(update={"targets": ("q_proj", "lm_head")})
+    with pytest.raises(ConfigError, match=r"lora\.targets: 'lm_head' has the weights of the embedding"):
+        add_adapters(tiny("llama", tie_word_embeddings=True), config, seed=0)
+    model = adapted(config=config).eval()
+    wanted = logits_of(model)
+    merge_adapters(model)
+    torch.testing.assert_close(logits_of(model), wanted, rtol=0, atol=1e-12)
+
+
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ConfigError, match=r"pip install 'llmt\[peft\]'"):
