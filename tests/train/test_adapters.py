@@ -22,6 +22,7 @@ from llmt_train.fit import fit
 from llmt_train.metrics import read_metrics
 from llmt_train.models import load_model
 from llmt_train.precompute import precompute
+from llmt_train.validate import validate
 
 LORA = LoraConfig(rank=4, alpha=6.0)
 
@@ -208,6 +209,21 @@ def test_adapters_of_other_weights_are_not_resumed_nor_exported(tmp_path):
         fit(make_config(tmp_path, train={"steps": 2}))
     with pytest.raises(ConfigError, match="belong to other weights than"):
         export(tmp_path / "run", tmp_path / "out")
+
+
+def test_a_live_reference_is_not_taken_from_other_weights_than_the_run_began_with(tmp_path):
+    """They are in no checkpoint: a resumed run and `validate` take them from where the model was loaded."""
+    data = small_datasets.build_chats(tmp_path, "preference")
+    save_model(tmp_path / "model", vocab_size=1000)
+    changes = {"task": "dpo", "model": str(tmp_path / "model"), "data": str(data), "lora": None,
+               "batch": {"tokens": 800, "micro_rows": 2}}  # fmt: skip
+    fit(make_config(tmp_path, **changes, train={"steps": 1}))
+    assert validate(tmp_path / "run").eval["pairs"] > 0
+    save_model(tmp_path / "model", seed=1, vocab_size=1000)
+    with pytest.raises(ConfigError, match=r"weights that the run began with: '[0-9a-f]{16}' in the checkpoint"):
+        fit(make_config(tmp_path, **changes, train={"steps": 2}))
+    with pytest.raises(ConfigError, match=r"its reference had other weights than .*model has now"):
+        validate(tmp_path / "run")
 
 
 def test_the_merged_export_has_the_logits_of_the_run_in_plain_transformers(trained, tmp_path):
