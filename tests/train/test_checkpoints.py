@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,21 @@ def test_a_damaged_weights_file_is_named(tmp_path: Path, content: bytes) -> None
     (tmp_path / "weights").write_bytes(content)
     with pytest.raises(FormatError, match=r"weights: cannot be read"):
         checkpoints.read_weights(tmp_path / "weights")
+
+
+def test_a_flipped_bit_of_a_weights_file_changes_nothing_or_is_a_format_error(tmp_path: Path) -> None:
+    """Of a zip archive's directory too, where Python's reader raises whatever the bytes make of it."""
+    folder = tmp_path / "checkpoints" / "step-00000002"
+    checkpoints.save_checkpoint(tmp_path, make_state(2), {"config.yaml": CONFIG}, lambda path: torch.save({}, path))
+    path = folder / checkpoints.WEIGHTS
+    sound = path.read_bytes()
+    for place in range(len(sound) - 1200, len(sound)):
+        for bit in (0, 3, 7):
+            content = bytearray(sound)
+            content[place] ^= 1 << bit
+            path.write_bytes(content)
+            with suppress(FormatError):
+                assert checkpoints.read_weights(path) == {}
 
 
 def test_files_are_copied_at_any_depth_and_an_error_is_the_systems(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Whole runs on tiny models: they learn, resume bit for bit, and refuse what cannot work before the first step."""
 
+import itertools
 import json
 import math
 import os
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from train import tiny_dataset
 from train.interrupted import curve, interrupt
 from train.tiny_dataset import WORDS, write_dataset
 
@@ -233,6 +235,13 @@ def test_bf16_keeps_weights_and_optimizer_state_in_fp32(data: Path, tmp_path: Pa
 
 def test_a_dataset_that_holds_nothing_out_is_not_evaluated(tmp_path: Path) -> None:
     data = write_dataset(tmp_path / "data", validation_rows=0)
+    assert fit(make_config(data, tmp_path / "run", train={"steps": 2})).eval_loss is None
+
+
+def test_held_out_documents_without_a_single_target_are_not_evaluated(tmp_path: Path, monkeypatch) -> None:
+    cut, calls = tiny_dataset._cut, itertools.count()
+    monkeypatch.setattr(tiny_dataset, "_cut", lambda *of: [1] if next(calls) >= 24 else cut(*of))
+    data = write_dataset(tmp_path / "data", num_rows=24)
     assert fit(make_config(data, tmp_path / "run", train={"steps": 2})).eval_loss is None
 
 

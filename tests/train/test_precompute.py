@@ -203,6 +203,19 @@ def test_a_damaged_overlay_is_refused(data, damage):
         fit(make_config(data))
 
 
+@pytest.mark.parametrize("damage", ["flipped", "truncated"])
+def test_a_damaged_overlay_is_not_called_finished_again(data, damage):
+    path = Path(precompute(make_config(data)).directory) / "train.npy"
+    sound = path.read_bytes()
+    content = bytearray(sound)
+    content[200] ^= 1
+    path.write_bytes(content if damage == "flipped" else content[:-9])
+    with pytest.raises(FormatError, match=r"train\.npy: .*--force"):
+        precompute(make_config(data))
+    precompute(make_config(data), force=True)
+    assert path.read_bytes() == sound
+
+
 def test_a_reference_that_is_not_finite_is_no_reference(data, monkeypatch):
     monkeypatch.setattr(
         module, "live_reference", lambda *_, **__: lambda batch: torch.full(batch.pairs.shape, math.nan)

@@ -12,7 +12,7 @@ from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_wi
 from llmt_shared.errors import ConfigError
 from llmt_train.config import AdamwConfig
 from llmt_train.optim import build_optimizer
-from llmt_train.schedule import build_scheduler, check_schedule, lr_factor, resolve
+from llmt_train.schedule import build_scheduler, check_schedule, falling_steps, lr_factor, resolve
 
 TOTAL, WARMUP = 50, 5
 
@@ -56,6 +56,15 @@ def test_wsd_stays_then_falls_linearly_over_the_last_steps() -> None:
     factors = ours("wsd")
     assert factors[WARMUP : TOTAL - 10] == [1.0] * (TOTAL - 10 - WARMUP)
     assert factors[TOTAL - 10 :] == pytest.approx([1 - k / 10 for k in range(10)])
+
+
+@pytest.mark.parametrize("decay", [0, "0%"])
+def test_wsd_without_a_decay_never_falls(decay) -> None:
+    config = AdamwConfig(lr=1, schedule="wsd", decay=decay)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    factor = build_scheduler(optimizer, config, TOTAL).lr_lambdas[0]
+    assert {factor(step) for step in range(TOTAL)} == {1.0}
+    assert falling_steps(config, TOTAL, 1) == 0
 
 
 def test_cosine_with_a_floor_is_the_formula_of_sgdr() -> None:

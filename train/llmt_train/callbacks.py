@@ -129,11 +129,13 @@ class StepCallback(Callback):
             self.run.reporter.note(spike_message(setup, line))
 
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> float | None:
-        """Return the held-out loss; ``None`` where nothing is held out."""
+        """Return the held-out loss; ``None`` where no target is held out."""
         if "validation" not in self.run.setup.splits:
             return None
         assert isinstance(pl_module, TrainModule)
         result = evaluate(pl_module, self.run.setup, "validation")
+        if "loss" not in result:  # documents of one token have no target
+            return None
         line = {"step": step, "eval": result}
         self.run.metrics.write(line)
         self.run.reporter.evaluation(line)

@@ -1,6 +1,5 @@
 """`llmt-train ref`: the reference's log-probabilities of all pairs, once, beside the dataset."""
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from llmt_shared import durable
 from llmt_shared.dataset import Dataset
-from llmt_shared.errors import ConfigError, DataError, Stopped
+from llmt_shared.errors import ConfigError, DataError, FormatError, Stopped
 from llmt_shared.progress import stage
 from llmt_train.config import RunConfig
 from llmt_train.data.batch import PackedBatch
@@ -24,7 +23,15 @@ from llmt_train.data.rows import AnySplit
 from llmt_train.data.stream import Prefetched, read_ahead, read_batch
 from llmt_train.lock import locked
 from llmt_train.quiet import quiet_transformers
-from llmt_train.reference import IDENTITY, Identity, fingerprint, live_reference, overlay_path, read_identity
+from llmt_train.reference import (
+    IDENTITY,
+    Identity,
+    fingerprint,
+    live_reference,
+    overlay_path,
+    read_identity,
+    sha256_of,
+)
 from llmt_train.setup import check_model, device, identity, in_precision, open_data, open_model, splits_of
 from llmt_train.stopping import StopRequest
 
@@ -55,6 +62,7 @@ def precompute(config: RunConfig, *, force: bool = False) -> PrecomputeResult:
     Raises:
         ConfigError: no run of dpo, or something does not fit together.
         DataError: a log-probability is not finite.
+        FormatError: the dataset, or an overlay that was finished, is damaged.
         Stopped: asked to stop; running the same command again goes on.
     """
     if config.task != "dpo":
@@ -95,6 +103,7 @@ def _begin(folder: Path, wanted: Identity, force: bool) -> None:
         ]
         if changed:
             raise ConfigError(f"{folder}: was computed with {' and '.join(changed)}; --force computes it again")
+        _check_finished(folder, found)
     else:
         for path in folder.glob("*.npy"):
             path.unlink()
@@ -102,11 +111,16 @@ def _begin(folder: Path, wanted: Identity, force: bool) -> None:
         durable.write(folder / IDENTITY, wanted.model_dump_json(indent=1))
 
 
+def _check_finished(folder: Path, found: Identity) -> None:
+    """Refuse finished files that have changed: they would be called finished again, with a digest of the damage."""
+    for name, wanted in found.sha256.items():
+        path = folder / f"{name}.npy"
+        if path.exists() and sha256_of(path) != wanted:
+            raise FormatError(f"{path}: is damaged: its sha256 is not that of {IDENTITY}; --force computes it again")
+
+
 def _finish(folder: Path, identity: Identity, names: list[str]) -> None:
-    digests = {}
-    for name in names:
-        with (folder / f"{name}.npy").open("rb") as file:
-            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    digests = {name: sha256_of(folder / f"{name}.npy") for name in names}
     complete = identity.model_copy(update={"complete": True, "sha256": digests})
     durable.write(folder / IDENTITY, complete.model_dump_json(indent=1))
 

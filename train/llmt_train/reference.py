@@ -104,6 +104,12 @@ def _digest(tensor: Tensor) -> str:
     return hashlib.sha256(data.data).hexdigest()
 
 
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file of an overlay."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def overlay_path(dataset: Path, weights: str) -> Path:
     """Return the folder of the overlay that belongs to a dataset and to weights."""
     return dataset.with_name(f"{dataset.name}.reference") / weights[:16]
@@ -190,8 +196,7 @@ def _siblings(folder: Path) -> Iterable[Path]:
 def _lookup(path: Path, sha256: str | None) -> Callable[[NDArray[np.int64]], NDArray[np.float64]]:
     way_out = "remove its folder and run `llmt-train ref` again"
     try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = sha256_of(path)
         values = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise FormatError(f"{path}: cannot be read: {error}; {way_out}") from None

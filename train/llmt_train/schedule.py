@@ -22,7 +22,7 @@ def build_scheduler(
         total=total,
         schedule=config.schedule,
         warmup=resolve(config.warmup, total, tokens_per_step),
-        decay=resolve(config.decay or _WSD_DECAY, total, tokens_per_step),
+        decay=_decay_steps(config, total, tokens_per_step),
         floor=config.min_lr / config.lr,
     )
     return LambdaLR(optimizer, factor)
@@ -32,8 +32,13 @@ def falling_steps(config: RateConfig, total: int, tokens_per_step: int) -> int:
     """Return over how many of a run's last steps the learning rate falls."""
     after_warmup = total - resolve(config.warmup, total, tokens_per_step)
     if config.schedule == "wsd":
-        return min(after_warmup, resolve(config.decay or _WSD_DECAY, total, tokens_per_step))
+        return min(after_warmup, _decay_steps(config, total, tokens_per_step))
     return 0 if config.schedule == "constant" else after_warmup
+
+
+def _decay_steps(config: RateConfig, total: int, tokens_per_step: int) -> int:
+    """Of wsd; 0 never falls."""
+    return resolve(_WSD_DECAY if config.decay is None else config.decay, total, tokens_per_step)
 
 
 def lr_factor(step: int, *, total: int, schedule: str, warmup: int, decay: int, floor: float) -> float:

@@ -66,7 +66,7 @@ def set_up(config: RunConfig) -> Setup:
     """
     dataset, plan = open_data(config)
     model = open_model(config, dataset)
-    base = fingerprint(model) if config.lora is not None or reads_overlay(config) else None
+    base = fingerprint(model) if needs_first_weights(config) else None
     choose_trained(model, config.train, config.lora)
     head = check_model(model, config)
     task, pairing = open_task(config, dataset, model, head, base)
@@ -197,6 +197,11 @@ def check_model(model: Any, config: RunConfig) -> HeadSpec | None:
     autocast = torch.bfloat16 if uses_bf16(config) else None
     check_isolation(model, attention=config.attention, autocast=autocast)
     return _find_head(model)
+
+
+def needs_first_weights(config: RunConfig) -> bool:
+    """Return whether what the run is depends, beyond its checkpoints, on the weights that it begins with."""
+    return config.lora is not None or (config.task == "dpo" and config.dpo.reference != "none")
 
 
 def reads_overlay(config: RunConfig) -> bool:

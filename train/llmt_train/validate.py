@@ -25,6 +25,7 @@ from llmt_train.setup import (
     check_model,
     check_tokenizer,
     device,
+    model_name,
     open_model,
     open_rows,
     open_task,
@@ -142,5 +143,10 @@ def _open_task(
             "`dpo.reference=none`"
         )
     begun = open_model(config, dataset)
-    weights = fingerprint(begun) if reference == "precomputed" else None
+    weights = fingerprint(begun)
+    if state.base not in (None, weights):
+        raise ConfigError(
+            f"{checkpoint}: its reference had other weights than {model_name(config)} has now, or another precision; "
+            "wanted those that the run began with, or `dpo.reference=none`"
+        )
     return open_task(config, dataset, begun, check_model(begun, config), weights)

@@ -21,6 +21,7 @@ from llmt_train.fit import fit
 from llmt_train.model.adapters import add_adapters, check_trained_state, merge_adapters, trained_state, without_adapters
 from llmt_train.model.load import load_model
 from llmt_train.precompute import precompute
+from llmt_train.validate import validate
 from llmt_train.watch.metrics import read_metrics
 
 LORA = LoraConfig(rank=4, alpha=6.0)
@@ -127,6 +128,17 @@ def test_a_target_that_is_not_there_is_named_with_those_that_are():
         add_adapters(tiny("llama"), LORA.model_copy(update={"targets": ("q_proj", "qproj")}), seed=0)
 
 
+def test_an_output_layer_that_is_the_embedding_too_takes_no_adapter():
+    """Merged, its update would change the embedding as well."""
+    config = LORA.model_copy(update={"targets": ("q_proj", "lm_head")})
+    with pytest.raises(ConfigError, match=r"lora\.targets: 'lm_head' has the weights of the embedding"):
+        add_adapters(tiny("llama", tie_word_embeddings=True), config, seed=0)
+    model = adapted(config=config).eval()
+    wanted = logits_of(model)
+    merge_adapters(model)
+    torch.testing.assert_close(logits_of(model), wanted, rtol=0, atol=1e-12)
+
+
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ConfigError, match=r"pip install 'llmt\[peft\]'"):
@@ -197,6 +209,21 @@ def test_adapters_of_other_weights_are_not_resumed_nor_exported(tmp_path):
         fit(make_config(tmp_path, train={"steps": 2}))
     with pytest.raises(ConfigError, match="belong to other weights than"):
         export(tmp_path / "run", tmp_path / "out")
+
+
+def test_a_live_reference_is_not_taken_from_other_weights_than_the_run_began_with(tmp_path):
+    """They are in no checkpoint: a resumed run and `validate` take them from where the model was loaded."""
+    data = small_datasets.build_chats(tmp_path, "preference")
+    save_model(tmp_path / "model", vocab_size=1000)
+    changes = {"task": "dpo", "model": str(tmp_path / "model"), "data": str(data), "lora": None,
+               "batch": {"tokens": 800, "micro_rows": 2}}  # fmt: skip
+    fit(make_config(tmp_path, **changes, train={"steps": 1}))
+    assert validate(tmp_path / "run").eval["pairs"] > 0
+    save_model(tmp_path / "model", seed=1, vocab_size=1000)
+    with pytest.raises(ConfigError, match=r"weights that the run began with: '[0-9a-f]{16}' in the checkpoint"):
+        fit(make_config(tmp_path, **changes, train={"steps": 2}))
+    with pytest.raises(ConfigError, match=r"its reference had other weights than .*model has now"):
+        validate(tmp_path / "run")
 
 
 def test_the_merged_export_has_the_logits_of_the_run_in_plain_transformers(trained, tmp_path):

@@ -26,7 +26,7 @@ def add_adapters(model: Any, config: LoraConfig, *, seed: int) -> None:
         seed: of the adapters' first matrices; torch's own generator is left as it was.
 
     Raises:
-        ConfigError: `peft` is not there; a target or pattern finds nothing.
+        ConfigError: `peft` is not there; a target or pattern finds nothing; a target is the embedding too.
     """
     try:
         from peft import LoraConfig as PeftConfig
@@ -34,6 +34,7 @@ def add_adapters(model: Any, config: LoraConfig, *, seed: int) -> None:
         raise ConfigError("lora: needs the package peft; run: pip install 'llmt[peft]'") from None
     linear = _linear_layers(model)
     _check_targets(config.targets, linear)
+    _check_shared(model, config.targets)
     peft_config = PeftConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]
@@ -119,4 +120,18 @@ def _check_targets(targets: str | tuple[str, ...], linear: Mapping[str, str]) ->
     if unknown:
         raise ConfigError(
             f"lora.targets: the model has no linear layer {unknown[0]!r}; it has {', '.join(sorted(linear))}"
+        )
+
+
+def _check_shared(model: Any, targets: str | tuple[str, ...]) -> None:
+    """Refuse an adapter beside the embedding's own weights: merged, its update would change the embedding too."""
+    head = model.get_output_embeddings()
+    if head is None or head.weight is not model.get_input_embeddings().weight or targets == "all-linear":
+        return
+    names = [name.rpartition(".")[2] for name, module in model.named_modules() if module is head]
+    shared = [name for name in names if name in targets]
+    if shared:
+        raise ConfigError(
+            f"lora.targets: {shared[0]!r} has the weights of the embedding, which its update would change when it is "
+            "merged; remove it from the targets"
         )
