@@ -238,6 +238,13 @@ def test_a_dataset_that_holds_nothing_out_is_not_evaluated(tmp_path: Path) -> No
     assert fit(make_config(data, tmp_path / "run", train={"steps": 2})).eval_loss is None
 
 
+def test_the_best_checkpoints_cannot_be_told_where_nothing_is_held_out(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data", validation_rows=0)
+    changes = {"save": {"every": 2, "keep_best": 1}, "eval": {"every": 2}}
+    with pytest.raises(ConfigError, match=r"save\.keep_best: .*data holds nothing out"):
+        fit(make_config(data, tmp_path / "run", **changes))
+
+
 def test_held_out_documents_without_a_single_target_are_not_evaluated(tmp_path: Path, monkeypatch) -> None:
     cut, calls = tiny_dataset._cut, itertools.count()
     monkeypatch.setattr(tiny_dataset, "_cut", lambda *of: [1] if next(calls) >= 24 else cut(*of))

@@ -94,6 +94,7 @@ def preflight(config: RunConfig, machine: Machine) -> Preflight:
     found.dataset = dataset = found.attempt(partial(_rows, config, config.model))
     if dataset is not None:
         found.attempt(partial(_check_kind, config, dataset))
+        found.attempt(partial(_check_held_out, config, dataset))
         found.plan = plan = found.attempt(partial(plan_run, dataset.train, config.batch, config.train))
         if plan is not None:
             tokens_per_step = plan.rows_per_step * plan.length
@@ -155,6 +156,14 @@ def _check_kind(config: RunConfig, dataset: AnyDataset) -> None:
     if kind != wanted:
         fitting = " or ".join(f"`task: {task}`" for task, each in KINDS.items() if each == kind)
         raise ConfigError(f"task: {config.task}, but {config.data} is of kind {kind}; set {fitting}")
+
+
+def _check_held_out(config: RunConfig, dataset: AnyDataset) -> None:
+    if config.save.keep_best and dataset.validation is None:
+        raise ConfigError(
+            f"save.keep_best: {dataset.path} holds nothing out, so no checkpoint is known to be better; remove it, or "
+            "hold rows out"
+        )
 
 
 def open_model(config: RunConfig, dataset: AnyDataset) -> Any:
