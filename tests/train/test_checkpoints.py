@@ -296,3 +296,15 @@ def test_a_damaged_config_is_named(tmp_path: Path) -> None:
         checkpoints.read_config(folder)
     with pytest.raises(FormatError, match=r"config\.json"):
         checkpoints.read_json(folder, "config.json")
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "lightning.ckpt")
+
+    monkeypatch.setattr(checkpoints.zipfile, "ZipFile", refuse)
+    with pytest.raises(PermissionError):
+        checkpoints.set_damaged_aside(tmp_path)
+    assert checkpoints.newest_checkpoint(tmp_path).name == "step-00000001"

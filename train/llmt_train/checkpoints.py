@@ -138,10 +138,15 @@ def read_weights(path: Path, *, mmap: bool = False) -> dict[str, Any]:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with the bytes of a file that `torch.save` wrote: torch itself never looks at its checksums."""
+    """What is wrong with the bytes of a file that `torch.save` wrote: torch itself never looks at its checksums.
+
+    A file that may not be read is not damaged: that is an OSError, and nothing is set aside for it.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
+    except (PermissionError, BlockingIOError):
+        raise
     except Exception as error:  # a flipped bit of its directory may name another encoding, compression or password
         return str(error).strip() or type(error).__name__
     return None if damaged is None else f"the checksum of {damaged} in it is wrong"

@@ -87,6 +87,12 @@ def test_with_too_few_losses_nothing_is_usual():
     assert usual([2.0] * LEAST) is not None
 
 
+@pytest.mark.parametrize("level", [0.0, -0.7])
+def test_losses_that_are_not_above_zero_have_no_usual_size(level):
+    """Robust DPO's may be negative; a step without pairs has the loss 0 then."""
+    assert usual((level + 0.01 * noise(1, 100) - 0.05).tolist()) is None
+
+
 def test_the_limit_of_a_normal_loss_is_ten_standard_deviations():
     """On average over many windows: seven times those of a difference of two."""
     found = [usual((2.5 + 0.1 * noise(seed, WINDOW)).tolist()) for seed in range(300)]

@@ -40,7 +40,8 @@ class TrainConfig(StrictModel):
     checkpointing: Checkpointing = CheckpointingConfig()
     """Activations that are computed again: none|attention|selective|full, or `{policy: selective, every: 2}`."""
     compile: bool = False
-    """Compile every layer by torch.compile: the first step takes minutes, those after it less."""
+    """Compile every layer by torch.compile: the first step takes minutes, those after it less.
+    Dropout is drawn otherwise."""
     liger: bool = False
     """Liger's kernels for norms and MLPs, on a GPU; needs `liger-kernel`."""
     freeze: tuple[Pattern, ...] = ()

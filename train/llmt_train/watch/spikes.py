@@ -37,11 +37,14 @@ class Usual(NamedTuple):
 
 
 def usual(losses: Sequence[float]) -> Usual | None:
-    """Return what is usual after these losses, oldest first; ``None`` where they are too few to say."""
-    if len(losses) < LEAST:
-        return None
+    """Return what is usual after these losses, oldest first.
+
+    ``None`` where they are too few to say, or not above 0, as robust DPO's may be: a share of them means nothing.
+    """
     recent = np.asarray(losses)[-WINDOW:]
-    near = float(np.median(recent[-_NEAR:]))
+    near = float(np.median(recent[-_NEAR:])) if len(losses) >= LEAST else 0.0
+    if near <= 0:
+        return None
     rise = float(np.quantile(np.diff(recent), 0.9)) / _NORMAL_90
     return Usual(near, near + _FACTOR * max(rise, _SMALLEST_SHARE * abs(near), _SMALLEST))
 
