@@ -251,6 +251,8 @@ def test_a_path_means_itself_or_the_newest_of_its_run(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="missing or truncated"):
         checkpoints.find_checkpoint(older)
     with pytest.raises(FormatError, match="no complete checkpoint"):
+        checkpoints.find_checkpoint(tmp_path / "checkpoints")
+    with pytest.raises(ConfigError, match="no such folder"):
         checkpoints.find_checkpoint(tmp_path / "nowhere")
 
 

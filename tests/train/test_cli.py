@@ -139,6 +139,12 @@ def test_a_failure_is_one_message_with_its_exit_code(
 
 def test_a_run_that_does_not_exist_is_no_source_of_an_export(folder: Path, call: Call) -> None:
     code, out, err = call("export", folder / "nowhere", folder / "x")
+    assert (code, out) == (2, "")
+    assert "no such folder; wanted the `output` of `llmt-train fit`" in err
+
+
+def test_a_folder_without_a_run_is_no_source_of_an_export(folder: Path, call: Call, tmp_path: Path) -> None:
+    code, out, err = call("export", tmp_path, folder / "x")
     assert (code, out) == (3, "")
     assert "no complete checkpoint" in err
 
@@ -161,3 +167,8 @@ def test_help_loads_nothing_heavy(command: list[str]) -> None:
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "Usage" in result.stdout
     assert result.stdout.endswith("HEAVY []\n")
+
+
+def test_the_module_is_the_command() -> None:
+    result = subprocess.run([sys.executable, "-m", "llmt_train", "--version"], capture_output=True, text=True)
+    assert (result.returncode, result.stdout.startswith("llmt ")) == (0, True)

@@ -323,6 +323,16 @@ def test_an_output_that_is_a_file_is_refused(data: Path, tmp_path: Path) -> None
         fit(make_config(data, tmp_path / "run"))
 
 
+def test_an_output_that_cannot_be_made_is_refused(data: Path) -> None:
+    with pytest.raises(ConfigError, match="output: /proc/run cannot be made"):
+        fit(make_config(data, Path("/proc/run")))
+
+
+def test_a_step_of_absurd_size_is_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="wanted a step that sees no row more than 100 times"):
+        fit(make_config(data, tmp_path / "run", batch={"tokens": 16 * 24 * 101}))
+
+
 def test_two_runs_never_share_a_folder(data: Path, tmp_path: Path) -> None:
     import fcntl
 

@@ -211,8 +211,11 @@ def find_checkpoint(path: Path) -> Path:
     """Return the checkpoint that a path means: itself, or the newest one of a run.
 
     Raises:
+        ConfigError: no such folder.
         FormatError: neither; or one with files missing or truncated.
     """
+    if not path.is_dir():
+        raise ConfigError(f"{path}: no such folder; wanted the `output` of `llmt-train fit` or a step-* folder")
     if (path / "state.json").exists():
         if not _is_complete(path):
             raise FormatError(f"{path}: files of this checkpoint are missing or truncated; use another step's")

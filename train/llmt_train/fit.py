@@ -242,6 +242,8 @@ def _locked(run_dir: Path) -> Iterator[None]:
         run_dir.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise ConfigError(f"output: {run_dir} is no folder; wanted a folder for this run") from None
+    except (FileNotFoundError, PermissionError) as error:
+        raise ConfigError(f"output: {run_dir} cannot be made: {error.strerror}; choose another folder") from None
     foreign = [name for name in _FOLDERS if (run_dir / name).exists()]
     if foreign and not any((run_dir / name).exists() for name in (LOCK, METRICS)):
         raise ConfigError(f"output: {run_dir} holds {' and '.join(foreign)} of something else; choose another folder")

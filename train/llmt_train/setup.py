@@ -71,6 +71,10 @@ def set_up(config: RunConfig) -> Setup:
     head = check_model(model, config)
     task, pairing = open_task(config, dataset, model, head, base)
     choose_execution(model, config)
+    if config.lora is not None and not isinstance(config.model, str):
+        say(
+            "note: adapters of a model with drawn weights cannot be exported; wanted a model folder for more than trials"
+        )
     return Setup(config, dataset, plan, model, base, head, task, pairing)
 
 
@@ -305,7 +309,8 @@ def describe(setup: Setup, step: int) -> str:
     precision = "bf16 with fp32 weights" if uses_bf16(config) else str(next(setup.model.parameters()).dtype)[6:]
     tokens, epochs = plan.rows_per_step * plan.length, plan.total_rows / plan.num_rows
     data = f"{plan.num_rows:,} rows of {plan.length:,} tokens, {held_out:,} held out, digest {dataset.digest[:16]}"
-    micro = f"in {plan.accumulation} micro-batches of at most {plan.micro_rows} rows"
+    micro_batches = "1 micro-batch" if plan.accumulation == 1 else f"{plan.accumulation} micro-batches"
+    micro = f"in {micro_batches} of at most {plan.micro_rows} row{'s' if plan.micro_rows > 1 else ''}"
     lines = [
         f"model     {setup.model.config.model_type}, {parameters:,} parameters{partly}, {precision}",
         f"data      {dataset.path}: {data}",

@@ -24,6 +24,9 @@ from llmt_train.data.rows import AnySplit
 
 Item = TypeVar("Item")
 
+_MOST_PASSES = 100
+"""Over the training rows in one step; more is a slip of the pen, and would take hours before anything is seen."""
+
 
 class Pairing(NamedTuple):
     """What preference data is read with."""
@@ -64,7 +67,7 @@ def plan_run(split: AnySplit, batch: BatchConfig, train: TrainConfig) -> Plan:
     """Work out how a run's rows fall into steps.
 
     Raises:
-        ConfigError: ``batch.tokens`` is no multiple of the row length.
+        ConfigError: ``batch.tokens`` is no multiple of the row length, or far more than there is.
         DataError: there are no rows, or no token in them is a target.
     """
     if split.num_rows == 0 or not _has_targets(split):
@@ -75,6 +78,11 @@ def plan_run(split: AnySplit, batch: BatchConfig, train: TrainConfig) -> Plan:
         raise ConfigError(
             f"batch.tokens: {batch.tokens} is no multiple of the dataset's row length {split.length}; "
             f"nearest legal values: {' and '.join(legal)}"
+        )
+    if rows_per_step > _MOST_PASSES * split.num_rows:
+        raise ConfigError(
+            f"batch.tokens: {batch.tokens} is {rows_per_step:,} rows, which each step would take from a dataset of "
+            f"{split.num_rows:,}; wanted a step that sees no row more than {_MOST_PASSES} times"
         )
     micro_rows = min(batch.micro_rows, rows_per_step)
     total_rows = _total_rows(train, split.num_rows, rows_per_step)
