@@ -170,5 +170,5 @@ def test_help_loads_nothing_heavy(command: list[str]) -> None:
 
 
 def test_the_module_is_the_command() -> None:
-    result = subprocess.run([sys.executable, "-m", "llmt_train", "--version"], capture_output=True, text=True)
-    assert (result.returncode, result.stdout.startswith("llmt ")) == (0, True)
+    command = [sys.executable, "-m", "llmt_train", "--version"]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.startswith("llmt ")

@@ -72,9 +72,7 @@ def set_up(config: RunConfig) -> Setup:
     task, pairing = open_task(config, dataset, model, head, base)
     choose_execution(model, config)
     if config.lora is not None and not isinstance(config.model, str):
-        say(
-            "note: adapters of a model with drawn weights cannot be exported; wanted a model folder for more than trials"
-        )
+        say("note: adapters of a model with drawn weights cannot be exported: good for trials alone")
     return Setup(config, dataset, plan, model, base, head, task, pairing)
 
 
