@@ -193,7 +193,7 @@ LARGE = {
     "max_position_embeddings": 8192,
 }
 PROCESS = """
-import json, resource, sys
+import json, sys
 from functools import partial
 import torch
 from train.tiny_models import packed
@@ -213,13 +213,13 @@ def step(tokens, **more):
         (-model_scores(model, head, batch, is_uniform=True).logps.sum()).backward()
         optimizer.step()
 
-def resident():
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmRSS"))
+def memory(key):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
 
 step(64, num_hidden_layers=1)  # loads what is loaded once
-before = resident()
+before = memory("VmRSS")
 step(8192)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+print(memory("VmHWM") - before)  # not ru_maxrss, which a process inherits from the one that started it
 """
 
 
