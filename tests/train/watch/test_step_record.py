@@ -1,5 +1,7 @@
 """What is written down of a step beside its losses."""
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -125,3 +127,13 @@ def test_a_model_whose_config_does_not_say_has_no_flops():
 def test_mfu_is_of_bf16_on_a_known_device(name, in_bf16, peak, monkeypatch):
     monkeypatch.setattr(step_record, "this_device_name", lambda: name)
     assert peak_of_this_device(in_bf16) == peak
+
+
+def test_the_peak_of_memory_is_this_process_own():
+    """A process started by a large one has not been large itself."""
+    ballast = np.ones(600_000_000, np.uint8)
+    program = "from llmt_train.watch.step_record import _peak_memory; import torch; print(_peak_memory(False))"
+    result = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert int(result.stdout) > 50_000_000
+    assert int(result.stdout) < step_record._peak_memory(False)
+    assert ballast.size == 600_000_000

@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -100,5 +101,8 @@ def _peak_memory(on_gpu: bool) -> int:
     """Bytes: allocated by torch on the GPU; without one, resident of this process."""
     if on_gpu:
         return torch.cuda.max_memory_allocated()
+    with suppress(OSError, StopIteration), open("/proc/self/status") as lines:
+        # Not `ru_maxrss`, which a process inherits from the one that started it.
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
