@@ -35,7 +35,7 @@ MODEL_CONFIG = "config.json"
 """The model's Hugging Face config."""
 _FOLDER = "checkpoints"
 _MAY_CHANGE = (
-    *("output", "data", "eval", "save", "log", "wandb", "mlflow", "sample", "precision", "attention"),
+    *("output", "data", "eval", "save", "log", "wandb", "mlflow", "sample", "precision", "attention", "parallel"),
     *("batch.micro_rows", "optim.clip", "train.checkpointing", "train.compile", "train.liger"),
 )
 _MAY_GROW = ("train.steps", "train.epochs")

@@ -5,6 +5,7 @@ from llmt_train.config.log import MlflowConfig, SampleConfig, WandbConfig
 from llmt_train.config.model import CheckpointingConfig, FromConfig, LoraConfig
 from llmt_train.config.objective import ClmConfig, DpoConfig, OrpoConfig
 from llmt_train.config.optim import AdafactorConfig, AdamwConfig, MuonConfig, OptimConfig, RateConfig, SgdConfig
+from llmt_train.config.parallel import ParallelConfig
 from llmt_train.config.run import BatchConfig, EvalConfig, RunConfig, SaveConfig, TrainConfig
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "MuonConfig",
     "OptimConfig",
     "OrpoConfig",
+    "ParallelConfig",
     "RateConfig",
     "RunConfig",
     "SampleConfig",

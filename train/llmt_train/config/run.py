@@ -13,6 +13,7 @@ from llmt_train.config.log import Logger, MlflowConfig, SampleConfig, WandbConfi
 from llmt_train.config.model import Checkpointing, CheckpointingConfig, LoraConfig, Model, Pattern
 from llmt_train.config.objective import ClmConfig, DpoConfig, OrpoConfig
 from llmt_train.config.optim import OptimConfig
+from llmt_train.config.parallel import ParallelConfig
 
 
 class BatchConfig(StrictModel):
@@ -118,6 +119,8 @@ class RunConfig(StrictModel):
     fp32). auto: bf16 on a GPU that has it."""
     attention: Literal["auto", "flash3", "flash2", "varlen", "flex", "sdpa"] = "auto"
     """Attention kernel; auto is the first of these that serves the model on this machine."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How the run is laid out over devices; a checkpoint resumes on any other layout."""
     eval: EvalConfig = EvalConfig()
     save: SaveConfig = SaveConfig()
     log: tuple[Logger, ...] = ("jsonl",)

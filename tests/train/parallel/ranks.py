@@ -1,0 +1,51 @@
+"""Some processes that do something together over gloo, for tests of what runs on many devices."""
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_PATIENCE = 120
+"""Seconds."""
+
+
+def on_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Call a function of a module in ``world`` processes with a process group; return what each rank returned.
+
+    A failure of any rank is an AssertionError that holds its traceback.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["llmt_train.fit"])
+    with tempfile.TemporaryDirectory() as folder:
+        queue = context.SimpleQueue()
+        processes = [
+            context.Process(target=_run, args=(rank, world, folder, queue, function, arguments), daemon=True)
+            for rank in range(world)
+        ]
+        for process in processes:
+            process.start()
+        answers = dict(queue.get() for _ in processes)
+        for process in processes:
+            process.join(_PATIENCE)
+    failures = [f"rank {rank}:\n{text}" for rank, (is_right, text) in sorted(answers.items()) if not is_right]
+    assert not failures, "\n".join(failures)
+    return [answers[rank][1] for rank in range(world)]
+
+
+def _run(rank: int, world: int, folder: str, queue: Any, function: Callable[..., Any], arguments: Any) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(Path(folder) / "store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    try:
+        queue.put((rank, (True, function(*arguments))))
+    except BaseException:
+        queue.put((rank, (False, traceback.format_exc())))
+        os._exit(1)  # the others may wait in a collective for ever; nothing here is worth a clean end
+    dist.destroy_process_group()
