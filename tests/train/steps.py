@@ -13,6 +13,8 @@ from llmt_train.data.batch import PackedBatch
 from llmt_train.model.head import find_head
 from llmt_train.module import TrainModule
 from llmt_train.objectives import clm
+from llmt_train.parallel.layout import Layout, Place
+from llmt_train.parallel.mesh import ALONE, Mesh
 from llmt_train.tasks import Task, build_task
 
 MARKS = [
@@ -32,6 +34,10 @@ def task_of(task: str, settings: Mapping[str, Any], reference: Callable[[PackedB
         "optim": {"lr": 1.0}, section: dict(settings),
     }  # fmt: skip
     return build_task(RunConfig.model_validate(config), reference)
+
+
+ONE_RANK = Mesh(Layout(), Place(0, 0, 0, 0), None, ALONE, ALONE, ALONE, ALONE)
+"""Of a process that has no others, and a model that is not sharded."""
 
 
 class Stream:
@@ -68,6 +74,7 @@ def make_module(model: Any, seed: int = 7, lr: float = 0.0, **keywords: Any) -> 
         lambda m: torch.optim.SGD(m.parameters(), lr=lr),
         lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0),
         head=keywords.pop("head") if "head" in keywords else find_head(model),
+        mesh=keywords.pop("mesh", ONE_RANK),
         seed=seed,
         **keywords,
     )

@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch.distributed.tensor import DTensor
 
 from llmt_shared.errors import DataError
 from llmt_train.data.stream import rows_consumed
@@ -74,9 +75,10 @@ class StepCallback(Callback):
         """Check that loss and gradient are finite before they reach the weights; clip."""
         assert isinstance(pl_module, TrainModule)
         measures = pl_module.step_measures()
-        norm = _clip(pl_module, self.run.setup.config.optim.clip) if math.isfinite(measures["loss"]) else math.nan
+        norm = clip(pl_module, self.run.setup.config.optim.clip) if math.isfinite(measures["loss"]) else math.nan
         if not math.isfinite(norm):
-            raise DataError(not_finite_message(self.run.setup, trainer.global_step + 1, norm, pl_module.step_parts))
+            parts = pl_module.all_step_parts()
+            raise DataError(not_finite_message(self.run.setup, trainer.global_step + 1, norm, parts))
         self._record = {"loss": measures.pop("loss"), "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm}
         self._record |= with_perplexity(measures)
 
@@ -125,7 +127,7 @@ class StepCallback(Callback):
         self.run.losses.append(line["loss"])
         if before is not None and line["loss"] > before.limit:
             assert isinstance(module, TrainModule)
-            line["spike"] = describe_spike(setup, line["step"], line["loss"], before, module.step_parts)
+            line["spike"] = describe_spike(setup, line["step"], line["loss"], before, module.all_step_parts())
             self.run.reporter.note(spike_message(setup, line))
 
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> float | None:
@@ -172,7 +174,8 @@ def _set_learning_rate(trainer: pl.Trainer) -> None:
             group["lr"] = base * factor(scheduler.last_epoch)
 
 
-def _clip(module: torch.nn.Module, largest: float | None) -> float:
+def clip(module: torch.nn.Module, largest: float | None) -> float:
     """Scale the gradient down to a 2-norm of at most ``largest``; return the norm that it had."""
     parameters = [parameter for parameter in module.parameters() if parameter.grad is not None]
-    return torch.nn.utils.clip_grad_norm_(parameters, math.inf if largest is None else largest).item()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if largest is None else largest)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()

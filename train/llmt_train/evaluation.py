@@ -9,7 +9,8 @@ import torch
 from llmt_train.data.stream import eval_batches
 from llmt_train.model.load import evaluating
 from llmt_train.module import TrainModule
-from llmt_train.setup import Setup, device, in_precision
+from llmt_train.policy import device
+from llmt_train.setup import Setup
 
 Record = dict[str, Any]
 
@@ -27,15 +28,17 @@ def evaluate(
         advance: told how many more rows are done.
     """
     module.on_validation_epoch_start()
-    batches = eval_batches(setup.splits[split], setup.plan.micro_rows, setup.pairing[split])
-    with evaluating(module), in_precision(setup.config):
+    rank, ranks = setup.mesh.dp.rank, setup.mesh.dp.size
+    batches = eval_batches(setup.splits[split], setup.plan.micro_rows, setup.pairing[split], rank=rank, ranks=ranks)
+    with evaluating(module):
         for index, batch in enumerate(batches):
             module.validation_step(batch.to(device(), non_blocking=True), index)
-            advance(len(batch.row_places))
-    by_source = {name: module.evaluation.means(index) for index, name in enumerate(setup.dataset.sources)}
+            advance(len(batch.row_places) * ranks)
+    result = module.evaluation.over(setup.mesh.averaged)
+    by_source = {name: result.means(index) for index, name in enumerate(setup.dataset.sources)}
     # A source may hold out nothing.
     sources = {name: with_perplexity(means) for name, means in by_source.items() if means}
-    return {**with_perplexity(module.evaluation.means()), "sources": sources}
+    return {**with_perplexity(result.means()), "sources": sources}
 
 
 def with_perplexity(means: dict[str, float]) -> Record:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
 from llmt_shared.errors import ConfigError, Stopped
 from llmt_shared.progress import say
@@ -23,13 +22,18 @@ from llmt_train.lock import NAME as LOCK
 from llmt_train.lock import locked
 from llmt_train.module import TrainModule
 from llmt_train.optim import build_optimizer
+from llmt_train.parallel.agreement import from_first
+from llmt_train.parallel.mesh import is_first
+from llmt_train.parallel.process import ProcessGroup
+from llmt_train.parallel.strategy import LaidOut
+from llmt_train.policy import uses_bf16
 from llmt_train.quiet import quiet_lightning, quiet_transformers
 from llmt_train.schedule import build_scheduler
-from llmt_train.setup import Setup, describe, set_up, uses_bf16
+from llmt_train.setup import Setup, describe, set_up
 from llmt_train.stopping import StopRequest
 from llmt_train.watch.loggers import FOLDERS as LOGGER_FOLDERS
 from llmt_train.watch.loggers import NAME as LOGGERS
-from llmt_train.watch.loggers import check_packages, telling
+from llmt_train.watch.loggers import Loggers, check_packages, telling
 from llmt_train.watch.metrics import NAME as METRICS
 from llmt_train.watch.metrics import MetricsFile, read_metrics
 from llmt_train.watch.progress import Reporter
@@ -86,10 +90,13 @@ def fit(config: RunConfig, *, force: bool = False) -> FitResult:
         check_packages(config)
         setup = set_up(config)
         sampler, plan = prepare_sampler(setup), setup.plan
-        stack.enter_context(_locked(config.output))
-        if force:
+        first = is_first()
+        if first:
+            stack.enter_context(_locked(config.output))
+        from_first(lambda: None)
+        if force and first:
             _remove_run(config.output)
-        start = _resume_point(setup)
+        start = from_first(partial(_resume_point, setup))
         step = checkpoints.read_state(start).step if start else 0
         is_finished = start is not None and step == plan.total_steps
         if not is_finished:
@@ -118,25 +125,27 @@ def _train(setup: Setup, sampler: Sampler | None, stop: StopRequest, start: Path
     config, plan = setup.config, setup.plan
     if setup.dataset.tokenizer_dir is not None:
         checkpoints.copy_files(setup.dataset.tokenizer_dir, config.output / "tokenizer")
+    first = is_first()  # the rank that writes for all
     with ExitStack() as stack:
-        loggers = stack.enter_context(telling(config, step))
-        metrics = MetricsFile(config.output, step)
+        loggers = stack.enter_context(telling(config, step)) if first else Loggers()
+        metrics = MetricsFile(config.output, step, is_written=first)
         stack.callback(metrics.close)
-        samples = MetricsFile(config.output, step, SAMPLES) if sampler is not None else None
+        samples = MetricsFile(config.output, step, SAMPLES, is_written=first) if sampler is not None else None
         if samples is not None:
             stack.callback(samples.close)
-        reporter = Reporter(plan.total_steps, step)
+        reporter = Reporter(plan.total_steps, step, has_bar=first)
         stack.callback(reporter.close)
-        batches = Prefetched(partial(train_batches, setup.dataset.train, plan, step, setup.pairing["train"]))
+        rows, pairing, rank = setup.dataset.train, setup.pairing["train"], setup.mesh.dp.rank
+        batches = Prefetched(partial(train_batches, rows, plan, step, pairing, rank))
         stack.callback(batches.close)
         meter = Meter(
             plan, flops_of(setup.model), peak_of_this_device(_computes_in_bf16(config)), lambda: batches.waited
         )
-        losses = deque(recent_losses(read_metrics(config.output)), maxlen=WINDOW)
+        before = from_first(lambda: recent_losses(read_metrics(config.output)))
         save = partial(_save, setup)
-        run = Run(setup, metrics, loggers, reporter, stop, meter, losses, save, sampler, samples)
+        run = Run(setup, metrics, loggers, reporter, stop, meter, deque(before, maxlen=WINDOW), save, sampler, samples)
         checkpoint = start and start / checkpoints.WEIGHTS
-        trainer = _trainer(config, plan, StepCallback(run))
+        trainer = build_trainer(setup, StepCallback(run), max_steps=plan.total_steps)
         trainer.fit(build_module(setup), batches, ckpt_path=checkpoint, weights_only=True)
 
 
@@ -158,11 +167,13 @@ def build_module(setup: Setup) -> TrainModule:
             tokens_per_step=plan.rows_per_step * plan.length,
         ),
         head=setup.head,
+        mesh=setup.mesh,
         seed=plan.seed,
         num_sources=len(setup.dataset.sources),
         attention=config.attention,
         deterministic=config.train.deterministic,
         saves_trained_alone=config.lora is not None,
+        exchanges_once=config.parallel.no_sync,
     )
 
 
@@ -182,14 +193,19 @@ def _save(setup: Setup, trainer: pl.Trainer, step: int, eval_loss: float | None)
     checkpoints.prune(config.output, config.save.keep, config.save.keep_best)
 
 
-def _trainer(config: RunConfig, plan: Plan, callback: StepCallback) -> pl.Trainer:
+def build_trainer(setup: Setup, callback: pl.Callback, *, max_steps: int) -> pl.Trainer:
+    """Return what runs the loop over this process's micro-batches."""
+    config, plan = setup.config, setup.plan
+    processes = ProcessGroup()
     return pl.Trainer(
         accelerator="cuda" if torch.cuda.is_available() else "cpu",
-        devices=1,
-        plugins=[LightningEnvironment(), checkpoints.WeightsFile()],  # one process, whatever scheduler started it
-        precision="bf16-mixed" if uses_bf16(config) else "32-true",
+        devices=processes.local_world,
+        num_nodes=processes.world_size() // processes.local_world,
+        strategy=LaidOut(setup.mesh),
+        plugins=[processes],
+        precision="32-true",  # bf16 is FSDP2's: see `sharding`
         deterministic=config.train.deterministic,
-        max_steps=plan.total_steps,
+        max_steps=max_steps,
         max_epochs=-1,
         accumulate_grad_batches=plan.accumulation,
         callbacks=[callback],

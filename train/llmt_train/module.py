@@ -18,6 +18,9 @@ from llmt_train.model.adapters import check_trained_state, trained_state
 from llmt_train.model.head import HeadSpec, Scores, model_scores
 from llmt_train.model.neftune import noisy_embeddings
 from llmt_train.objectives import Measures, share
+from llmt_train.parallel.agreement import gathered, summed
+from llmt_train.parallel.mesh import Axis, Mesh
+from llmt_train.parallel.sharding import synchronise_gradients
 from llmt_train.tasks import Task
 
 
@@ -45,26 +48,30 @@ class TrainModule(pl.LightningModule):
         build_scheduler: Callable[[Optimizer], LRScheduler],
         *,
         head: HeadSpec | None,
+        mesh: Mesh,
         seed: int,
         num_sources: int = 1,
         attention: str = "auto",
         deterministic: bool = False,
         saves_trained_alone: bool = False,
+        exchanges_once: bool = False,
     ) -> None:
         """Keep what a run needs; nothing is computed yet.
 
         Args:
-            model: from `load_model`.
+            model: from `load_model`, laid out over the mesh.
             task: the objective and what belongs to it.
             build_optimizer: from the model.
             build_scheduler: from the optimizer; it is stepped once per optimizer step.
             head: from `find_head`; ``None`` computes the model's own logits.
+            mesh: of this process.
             seed: of dropout and whatever else is drawn in a forward pass.
             num_sources: of the dataset, for evaluation by source.
             attention: backend, or ``auto``.
             deterministic: see `varlen_attention`.
             saves_trained_alone: leave out of checkpoints what does not train: adapters are small, the model beside
                 them is not, and lies where it was loaded from.
+            exchanges_once: exchange gradients at a step's last micro-batch alone.
         """
         super().__init__()
         self.model = model
@@ -72,6 +79,8 @@ class TrainModule(pl.LightningModule):
         self.build_optimizer = build_optimizer
         self.build_scheduler = build_scheduler
         self.head = head
+        self.mesh = mesh
+        self.exchanges_once = exchanges_once
         self.seed = seed
         self.num_sources = num_sources
         self.attention = attention
@@ -82,6 +91,9 @@ class TrainModule(pl.LightningModule):
         until the next step's first micro-batch."""
         self.evaluation = Evaluation(num_sources)
         self._is_new_step = True
+
+    def configure_model(self) -> None:
+        """Do nothing: the model is laid out. Lightning wants a module to say so."""
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Build what Lightning steps."""
@@ -112,6 +124,8 @@ class TrainModule(pl.LightningModule):
         the company they are in. A micro-batch without targets has S = 0 and is attached to the graph.
         """
         self._begin()
+        accumulation = self.trainer.accumulate_grad_batches
+        synchronise_gradients(self.model, not self.exchanges_once or len(self.step_parts) == accumulation - 1)
         batch = self._with_reference(batch)
         noise = noisy_embeddings(self.model, batch, self.task.neftune, self.seed)
         with noise if self.task.neftune else nullcontext():
@@ -119,17 +133,22 @@ class TrainModule(pl.LightningModule):
         measures = self.task.objective(scores, batch)
         loss = share(measures["loss"], batch.denominators)
         self.step_parts.append(_part(measures, batch))
-        return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+        return loss * (accumulation * self.mesh.layout.averaged)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """The step is complete: the next micro-batch begins another one."""
         self._is_new_step = True
 
     def step_measures(self) -> dict[str, float]:
-        """Return the step's means, over its micro-batches on this rank; waits for the device, once."""
+        """Return the step's means, over its micro-batches on all ranks; waits for the device, once."""
         names = list(self.step_parts[0].measures)
         values = [torch.stack([part.measures[name] for part in self.step_parts]).sum() for name in names]
-        return dict(zip(names, torch.stack(values).tolist(), strict=True))
+        return dict(zip(names, summed(torch.stack(values), self.mesh.averaged).tolist(), strict=True))
+
+    def all_step_parts(self) -> list[StepPart]:
+        """Return the parts of all ranks, in the order of the step's rows, on the host; all ranks call it."""
+        own = [_over(part, self.mesh.cp) for part in self.step_parts]
+        return [part for parts in zip(*gathered(own, self.mesh.dp), strict=True) for part in parts]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out what does not train, where that is wanted."""
@@ -163,7 +182,9 @@ class TrainModule(pl.LightningModule):
         if self._is_new_step:
             self.step_parts = []
             self._is_new_step = False
-        torch.manual_seed(key(self.seed, self.trainer.global_step, len(self.step_parts), self.trainer.global_rank))
+        # Ranks that share tokens draw the same.
+        place = (self.trainer.global_step, len(self.step_parts), self.mesh.averaged.rank)
+        torch.manual_seed(key(self.seed, *place))
 
 
 _PREFIX = "model."
@@ -203,6 +224,14 @@ class Evaluation:
                     0, source_P[part.piece], torch.stack([part.values, part.counts], dim=1).detach().double()
                 )
 
+    def over(self, axis: Axis) -> "Evaluation":
+        """Return the evaluation of all ranks of an axis, which have added micro-batches of the same measures."""
+        total = Evaluation(self._num_sources)
+        total._per = self._per
+        for name, parts in self._sums.items():
+            total._sums[name] = list(summed(torch.stack(parts), axis))
+        return total
+
     def means(self, source: int | None = None) -> dict[str, float]:
         """Return every measure's mean and the counts of the loss, of one source or of all; empty without any."""
         result: dict[str, float] = {}
@@ -214,6 +243,12 @@ class Evaluation:
             if name == "loss":
                 result |= {per: int(counted) for per, (_, counted) in zip(self._per[name], sums, strict=True)}
         return result
+
+
+def _over(part: StepPart, axis: Axis) -> StepPart:
+    """What ranks that share tokens have found together, on the host."""
+    measures = {name: summed(value, axis).cpu() for name, value in part.measures.items()}
+    return StepPart(measures, summed(part.by_piece, axis).cpu())
 
 
 def _part(measures: Measures, batch: PackedBatch) -> StepPart:

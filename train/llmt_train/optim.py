@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from llmt_train.config import AdafactorConfig, AdamwConfig, MuonConfig, RateConfig, SgdConfig
+from llmt_train.parallel.optim import WholeAdafactor, WholeMuon
 
 
 def build_optimizer(model: nn.Module, config: RateConfig) -> torch.optim.Optimizer:
@@ -18,7 +19,7 @@ def build_optimizer(model: nn.Module, config: RateConfig) -> torch.optim.Optimiz
         case MuonConfig():
             return _muon(model, groups, config)
         case AdafactorConfig():
-            return torch.optim.Adafactor(groups, lr=config.lr)
+            return WholeAdafactor(groups, lr=config.lr)
         case SgdConfig():
             return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
     raise TypeError(f"no optimizer for {type(config).__name__}")
@@ -61,7 +62,7 @@ def _muon(model: nn.Module, groups: list[dict[str, Any]], config: MuonConfig) ->
     parts: list[torch.optim.Optimizer] = []
     if matrices:
         parts.append(
-            torch.optim.Muon(
+            WholeMuon(
                 matrices.values(),
                 lr=config.lr,
                 weight_decay=config.weight_decay,

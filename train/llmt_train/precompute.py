@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -18,27 +18,25 @@ from llmt_shared.dataset import Dataset
 from llmt_shared.errors import ConfigError, DataError, FormatError, Stopped
 from llmt_shared.progress import stage
 from llmt_train.config import RunConfig
-from llmt_train.data.batch import PackedBatch
 from llmt_train.data.rows import AnySplit
 from llmt_train.data.stream import Prefetched, read_ahead, read_batch
 from llmt_train.lock import locked
+from llmt_train.parallel.process import join
+from llmt_train.policy import Logps, device, frozen_reference, open_model
 from llmt_train.quiet import quiet_transformers
 from llmt_train.reference import (
     IDENTITY,
     Identity,
     fingerprint,
-    live_reference,
     overlay_path,
     read_identity,
     sha256_of,
 )
-from llmt_train.setup import check_model, device, identity, in_precision, open_data, open_model, splits_of
+from llmt_train.setup import identity, open_data, splits_of
 from llmt_train.stopping import StopRequest
 
 _BLOCK = 4096  # rows whose pairs are looked at together
 _SECONDS_BETWEEN_SYNCS = 20.0
-
-Logps = Callable[[PackedBatch], Tensor]
 
 
 @dataclass(frozen=True)
@@ -67,21 +65,21 @@ def precompute(config: RunConfig, *, force: bool = False) -> PrecomputeResult:
     """
     if config.task != "dpo":
         raise ConfigError(f"task: {config.task} has no reference; `llmt-train ref` is for task dpo")
-    dataset, plan = open_data(config)
+    mesh = join(config.parallel)
+    dataset, plan = open_data(config, mesh.layout)
     if not isinstance(dataset, Dataset):
         raise ConfigError("data: synthetic rows lie nowhere, so nothing lies beside them; set `dpo.reference: model`")
     with ExitStack() as stack:
         stack.enter_context(quiet_transformers())
         stop = stack.enter_context(StopRequest())
         model = open_model(config, dataset)
-        head = check_model(model, config)
         wanted = identity(config, dataset, fingerprint(model))
         folder = overlay_path(dataset.path, wanted.weights)
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locked(folder, "wait for it"))
         _begin(folder, wanted, force)
-        logps = live_reference(model, head, attention=config.attention, deterministic=config.train.deterministic)
-        computing = partial(_compute, logps=_in_precision(logps, config), micro_rows=plan.micro_rows, stop=stop)
+        logps = frozen_reference(model, config, mesh)
+        computing = partial(_compute, logps=logps, micro_rows=plan.micro_rows, stop=stop)
         splits, entries = splits_of(dataset), dataset.manifest.splits
         computed = sum(
             computing(split, folder / f"{name}.npy", entries[name].segments) for name, split in splits.items()
@@ -183,11 +181,3 @@ def _finite(logps: Tensor, split: AnySplit, rows: NDArray[np.int64]) -> NDArray[
             "`llmt-prep inspect` shows a row; does the model compute in this precision?"
         )
     return found
-
-
-def _in_precision(logps: Logps, config: RunConfig) -> Logps:
-    def cast(batch: PackedBatch) -> Tensor:
-        with in_precision(config):
-            return logps(batch)
-
-    return cast

@@ -6,8 +6,6 @@ segment is no side of a pair (or, until the overlay is complete, not yet compute
 would round them by as much as 1e-4, which DPO's beta does not make small enough.
 """
 
-import copy
-import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterable
@@ -52,12 +50,6 @@ class Identity(StrictModel):
     complete: bool = False
     sha256: dict[str, str] = Field(default_factory=dict)
     """Of every split's file, once complete."""
-
-
-def frozen_copy(model: Any, head: HeadSpec | None) -> tuple[Any, HeadSpec | None]:
-    """Return a copy of a model that never changes, with its head."""
-    frozen = copy.deepcopy(model).requires_grad_(False).eval()
-    return frozen, None if head is None else dataclasses.replace(head, linear=frozen.get_output_embeddings())
 
 
 def live_reference(

@@ -1,15 +1,11 @@
 """Everything that a run is made of, checked before its first step: data, arithmetic, model, task."""
 
-import warnings
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import CONFIG_MAPPING
 
 from llmt_shared.dataset import Dataset, open_dataset
 from llmt_shared.errors import ConfigError
@@ -17,18 +13,31 @@ from llmt_shared.progress import say
 from llmt_train.attention import Machine, machine_of
 from llmt_train.check.preflight import Preflight, adapt_skeleton, check_attention, compare_tokens, raise_problems
 from llmt_train.config import FromConfig, FromSynthetic, RunConfig
-from llmt_train.data.batch import PackedBatch
 from llmt_train.data.rows import AnyDataset, AnySplit
 from llmt_train.data.stream import NO_PAIRING, Pairing, Plan, plan_run, rows_consumed
 from llmt_train.data.synthetic import open_synthetic
-from llmt_train.model.adapt import choose_execution, choose_trained, resize_embeddings
-from llmt_train.model.adapters import without_adapters
-from llmt_train.model.head import HeadSpec, find_head
-from llmt_train.model.isolation import check_isolation
-from llmt_train.model.load import load_model, load_skeleton, vocab_size
+from llmt_train.model.adapt import choose_execution
+from llmt_train.model.head import HeadSpec
+from llmt_train.model.load import load_skeleton, vocab_size
 from llmt_train.model.match import check_max_id, check_tokenizers, read_token_ids
 from llmt_train.model.positions import check_positions
-from llmt_train.reference import Identity, fingerprint, frozen_copy, live_reference, open_overlay
+from llmt_train.parallel.layout import Layout
+from llmt_train.parallel.mesh import Mesh
+from llmt_train.parallel.process import join
+from llmt_train.policy import (
+    Logps,
+    adapterless_reference,
+    device,
+    dtype_of,
+    frozen_reference,
+    model_name,
+    needs_first_weights,
+    open_model,
+    open_policy,
+    spec_of,
+    uses_bf16,
+)
+from llmt_train.reference import Identity, fingerprint, open_overlay
 from llmt_train.schedule import check_schedule
 from llmt_train.tasks import KINDS, Task, build_task
 
@@ -38,6 +47,7 @@ class Setup:
     """A run that could begin."""
 
     config: RunConfig
+    mesh: Mesh
     dataset: AnyDataset
     plan: Plan
     model: Any
@@ -64,44 +74,52 @@ def set_up(config: RunConfig) -> Setup:
         FormatError: the dataset, or what `llmt-train ref` wrote, is damaged.
         DataError: there is nothing to train on.
     """
-    dataset, plan = open_data(config)
+    mesh = join(config.parallel)
+    dataset, plan = open_data(config, mesh.layout)
     model = open_model(config, dataset)
     base = fingerprint(model) if needs_first_weights(config) else None
-    choose_trained(model, config.train, config.lora)
-    head = check_model(model, config)
-    task, pairing = open_task(config, dataset, model, head, base)
+    head = open_policy(model, config, mesh)
+    reference = None
+    if config.task == "dpo" and config.dpo.reference == "model":
+        reference = (
+            adapterless_reference(model, head, config)
+            if config.lora is not None
+            else frozen_reference(open_model(config, dataset), config, mesh)
+        )
+    task, pairing = open_task(config, dataset, base, reference)
     choose_execution(model, config)
     if config.lora is not None and not isinstance(config.model, str):
         say("note: adapters of a model with drawn weights cannot be exported: good for trials alone")
-    return Setup(config, dataset, plan, model, base, head, task, pairing)
+    return Setup(config, mesh, dataset, plan, model, base, head, task, pairing)
 
 
-def open_data(config: RunConfig) -> tuple[AnyDataset, Plan]:
+def open_data(config: RunConfig, layout: Layout) -> tuple[AnyDataset, Plan]:
     """Check what needs no weights; return the dataset and the plan of the run over its rows."""
-    found = preflight(config, machine_of(torch.device(device())))
+    found = preflight(config, machine_of(torch.device(device())), layout)
     raise_problems(found.problems)
     assert found.dataset is not None  # they are missing only where there is a problem
     assert found.plan is not None
     return found.dataset, found.plan
 
 
-def preflight(config: RunConfig, machine: Machine) -> Preflight:
+def preflight(config: RunConfig, machine: Machine, layout: Layout) -> Preflight:
     """Run every check that needs no weights: all of them, so that one problem does not hide another.
 
     Args:
         config: the run.
         machine: where it is to run.
+        layout: of its processes.
     """
     found = Preflight()
     found.dataset = dataset = found.attempt(partial(_rows, config, config.model))
     if dataset is not None:
         found.attempt(partial(_check_kind, config, dataset))
         found.attempt(partial(_check_held_out, config, dataset))
-        found.plan = plan = found.attempt(partial(plan_run, dataset.train, config.batch, config.train))
+        found.plan = plan = found.attempt(partial(plan_run, dataset.train, config.batch, config.train, layout.dp))
         if plan is not None:
             tokens_per_step = plan.rows_per_step * plan.length
             found.attempt(partial(check_schedule, config.optim, plan.total_steps, tokens_per_step))
-    found.skeleton = found.attempt(partial(load_skeleton, _spec(config, dataset), dtype=_dtype(config)))
+    found.skeleton = found.attempt(partial(load_skeleton, spec_of(config, dataset), dtype=dtype_of(config)))
     if found.skeleton is not None:
         if dataset is not None:
             _check_match(found, config, dataset)
@@ -112,7 +130,7 @@ def preflight(config: RunConfig, machine: Machine) -> Preflight:
 
 def open_skeleton(config: RunConfig, dataset: AnyDataset, machine: Machine) -> Any:
     """Return the model as it would train, without weights, as far as its config can be served."""
-    skeleton = load_skeleton(_spec(config, dataset), dtype=_dtype(config))
+    skeleton = load_skeleton(spec_of(config, dataset), dtype=dtype_of(config))
     _resize(skeleton, config, dataset.tokenizer.max_id)
     adapt_skeleton(Preflight(skeleton=skeleton), config, machine)
     return skeleton
@@ -168,14 +186,6 @@ def _check_held_out(config: RunConfig, dataset: AnyDataset) -> None:
         )
 
 
-def open_model(config: RunConfig, dataset: AnyDataset) -> Any:
-    """Load the model as it is before anything is changed for training, after the checks that need no weights."""
-    model = load_model(_spec(config, dataset), dtype=_dtype(config), seed=config.train.seed)
-    if config.train.resize_embeddings:
-        resize_embeddings(model, dataset.tokenizer.max_id + 1)
-    return model.to(device())
-
-
 def check_tokenizer(dataset: AnyDataset, ids: Mapping[str, int] | None, place: str) -> None:
     """Refuse a dataset that was packed with another tokenizer than the model's, where both have one.
 
@@ -203,37 +213,23 @@ def _check_lengths(model: Any, dataset: AnyDataset, place: str) -> None:
         check_positions(model.config, split, place)
 
 
-def check_model(model: Any, config: RunConfig) -> HeadSpec | None:
-    """Prove that packed documents are isolated in a model, and find how it makes its logits."""
-    autocast = torch.bfloat16 if uses_bf16(config) else None
-    check_isolation(model, attention=config.attention, autocast=autocast)
-    return _find_head(model)
-
-
-def needs_first_weights(config: RunConfig) -> bool:
-    """Return whether what the run is depends, beyond its checkpoints, on the weights that it begins with."""
-    return config.lora is not None or (config.task == "dpo" and config.dpo.reference != "none")
-
-
 def reads_overlay(config: RunConfig) -> bool:
     """Return whether the reference is what `llmt-train ref` wrote."""
     return config.task == "dpo" and config.dpo.reference == "precomputed"
 
 
 def open_task(
-    config: RunConfig, dataset: AnyDataset, model: Any, head: HeadSpec | None, base: str | None
+    config: RunConfig, dataset: AnyDataset, base: str | None, reference: Logps | None
 ) -> tuple[Task, dict[str, Pairing]]:
     """Return the run's task, and what each split is read with.
 
     Args:
         config: the run.
         dataset: its rows.
-        model: the one that it begins with: a reference is taken from it.
-        head: that model's.
-        base: fingerprint of its weights, for a precomputed reference.
+        base: fingerprint of the weights that it begins with, for a precomputed reference.
+        reference: a live one, where the run has it.
     """
     pairing = dict.fromkeys(splits_of(dataset), NO_PAIRING)
-    reference = None
     if config.task == "orpo":
         pairing = dict.fromkeys(pairing, Pairing(with_chosen_prompts=config.orpo.nll_on == "all"))
     if reads_overlay(config):
@@ -241,17 +237,7 @@ def open_task(
         assert isinstance(dataset, Dataset)  # the config refuses synthetic rows here
         lookups = open_overlay(dataset, identity(config, dataset, base))
         pairing = {name: Pairing(reference=lookup) for name, lookup in lookups.items()}
-    if config.task == "dpo" and config.dpo.reference == "model":
-        reference = _reference(config, model, head)
     return build_task(config, reference), pairing
-
-
-def _reference(config: RunConfig, model: Any, head: HeadSpec | None) -> Callable[[PackedBatch], Tensor]:
-    """The model as it begins: itself without its adapters, or a copy that stays."""
-    serve = partial(live_reference, attention=config.attention, deterministic=config.train.deterministic)
-    if config.lora is not None:
-        return serve(model, head, without_adapters=partial(without_adapters, model))
-    return serve(*frozen_copy(model, head))
 
 
 def identity(config: RunConfig, dataset: Dataset, weights: str) -> Identity:
@@ -269,27 +255,6 @@ def splits_of(dataset: AnyDataset) -> dict[str, AnySplit]:
     """Return a dataset's splits by name."""
     held_out = {} if dataset.validation is None else {"validation": dataset.validation}
     return {"train": dataset.train} | held_out
-
-
-def model_name(config: RunConfig) -> str:
-    """Return the model as messages name it."""
-    return config.model if isinstance(config.model, str) else "model.from_config"
-
-
-def device() -> str:
-    """Return where this process trains."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def uses_bf16(config: RunConfig) -> bool:
-    """Return whether the model computes in bf16 with weights in fp32: under autocast."""
-    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return config.precision == "bf16" or (config.precision == "auto" and has_bf16)
-
-
-def in_precision(config: RunConfig) -> AbstractContextManager[Any]:
-    """Compute in the run's precision while it is entered."""
-    return torch.autocast(device(), torch.bfloat16) if uses_bf16(config) else nullcontext()
 
 
 def describe(setup: Setup, step: int) -> str:
@@ -320,34 +285,3 @@ def describe(setup: Setup, step: int) -> str:
     elif step:
         lines.append(f"resuming  after step {step:,}, {rows_consumed(plan, step):,} rows")
     return "\n".join(lines)
-
-
-def _dtype(config: RunConfig) -> torch.dtype:
-    """Of the parameters."""
-    return torch.bfloat16 if config.precision == "bf16-true" else torch.float32
-
-
-def _spec(config: RunConfig, dataset: AnyDataset | None) -> str | dict[str, dict[str, Any]]:
-    """What is loaded; without a dataset, as far as the config says."""
-    return config.model if isinstance(config.model, str) else _fresh(config.model, dataset)
-
-
-def _fresh(model: FromConfig, dataset: AnyDataset | None) -> dict[str, dict[str, Any]]:
-    """Fill in the dataset's vocabulary and token ids: a family's own defaults mean nothing to another tokenizer."""
-    if dataset is None:
-        return {"from_config": model.from_config}
-    entry = dataset.tokenizer
-    ids = {"bos_token_id": entry.bos_id, "eos_token_id": entry.eos_id, "pad_token_id": entry.pad_id}
-    ids["vocab_size"] = entry.max_id + 1
-    model_type = str(model.from_config.get("model_type"))
-    known = vars(CONFIG_MAPPING[model_type]()) if model_type in CONFIG_MAPPING else {}
-    return {"from_config": {key: value for key, value in ids.items() if key in known} | model.from_config}
-
-
-def _find_head(model: Any) -> HeadSpec | None:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        head = find_head(model)
-    for warning in caught:
-        say(f"note: {warning.message}")
-    return head

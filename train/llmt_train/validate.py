@@ -1,7 +1,8 @@
 """`llmt-train validate`: a checkpoint's scores on a split of its own dataset or of another one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,21 @@ from llmt_train.data.stream import Pairing, Plan, plan_run
 from llmt_train.evaluation import Record, evaluate
 from llmt_train.fit import build_module
 from llmt_train.model.adapters import is_adapter
-from llmt_train.model.head import HeadSpec
 from llmt_train.model.match import read_token_ids
-from llmt_train.quiet import quiet_transformers
-from llmt_train.reference import fingerprint
-from llmt_train.setup import (
-    Setup,
-    check_fits,
-    check_model,
-    check_tokenizer,
+from llmt_train.parallel.mesh import Mesh
+from llmt_train.parallel.process import join
+from llmt_train.policy import (
+    Logps,
+    adapterless_reference,
     device,
+    frozen_reference,
+    lay_out,
     model_name,
     open_model,
-    open_rows,
-    open_task,
-    splits_of,
 )
+from llmt_train.quiet import quiet_transformers
+from llmt_train.reference import fingerprint
+from llmt_train.setup import Setup, check_fits, check_tokenizer, open_rows, open_task, splits_of
 from llmt_train.tasks import Task
 from llmt_train.trained import load_checkpoint_model
 
@@ -96,6 +96,7 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 def _set_up(checkpoint: Path, config: RunConfig, split: str) -> Setup:
     """What `setup.set_up` does, with the checkpoint's weights."""
+    mesh = join(config.parallel)
     dataset = open_rows(config, str(checkpoint))
     plan = _plan(dataset, split, config.batch)
     tokenizer = checkpoint.parent.parent / "tokenizer"
@@ -103,9 +104,9 @@ def _set_up(checkpoint: Path, config: RunConfig, split: str) -> Setup:
     check_tokenizer(dataset, ids, str(tokenizer))
     model = _load(checkpoint, config)
     check_fits(model, dataset, str(checkpoint))
-    head = check_model(model, config)
-    task, pairing = _open_task(checkpoint, config, dataset, model, head)
-    return Setup(config, dataset, plan, model, None, head, task, pairing)
+    head = lay_out(model, config, mesh)
+    task, pairing = _open_task(checkpoint, config, dataset, partial(adapterless_reference, model, head), mesh)
+    return Setup(config, mesh, dataset, plan, model, None, head, task, pairing)
 
 
 def _load(checkpoint: Path, config: RunConfig) -> Any:
@@ -128,14 +129,20 @@ def _plan(dataset: AnyDataset, name: str, batch: BatchConfig) -> Plan:
 
 
 def _open_task(
-    checkpoint: Path, config: RunConfig, dataset: AnyDataset, model: Any, head: HeadSpec | None
+    checkpoint: Path,
+    config: RunConfig,
+    dataset: AnyDataset,
+    adapterless: Callable[[RunConfig], Logps],
+    mesh: Mesh,
 ) -> tuple[Task, dict[str, Pairing]]:
     """The run's task; a reference is of the weights that the run began with."""
     state = checkpoints.read_state(checkpoint)
     reference = config.dpo.reference if config.task == "dpo" else "none"
-    # Those are the model's own without its adapters; and of a precomputed reference only their fingerprint matters.
-    if reference == "none" or config.lora is not None or (reference == "precomputed" and state.base is not None):
-        return open_task(config, dataset, model, head, state.base)
+    if config.lora is not None and reference == "model":
+        return open_task(config, dataset, state.base, adapterless(config))
+    # Of a precomputed reference only the fingerprint of its weights matters.
+    if reference == "none" or (reference == "precomputed" and state.base is not None):
+        return open_task(config, dataset, state.base, None)
     is_drawn = isinstance(config.model, FromConfig) or config.train.resize_embeddings
     if is_drawn and dataset.digest != state.digest:
         raise ConfigError(
@@ -149,4 +156,5 @@ def _open_task(
             f"{checkpoint}: its reference had other weights than {model_name(config)} has now, or another precision; "
             "wanted those that the run began with, or `dpo.reference=none`"
         )
-    return open_task(config, dataset, begun, check_model(begun, config), weights)
+    live = frozen_reference(begun, config, mesh) if reference == "model" else None
+    return open_task(config, dataset, weights, live)

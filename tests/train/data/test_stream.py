@@ -230,3 +230,27 @@ def test_asking_for_an_iterator_starts_nothing() -> None:
     with pytest.raises(RuntimeError, match="read once"):
         list(stream)
     stream.close()
+
+
+@given(rows=st.integers(1, 9), micro_rows=st.integers(1, 4), ranks=st.integers(1, 4), first=st.integers(0, 3))
+def test_ranks_together_take_the_rows_that_one_takes(
+    split: Split, rows: int, micro_rows: int, ranks: int, first: int
+) -> None:
+    train = TrainConfig(steps=4)
+    plan = plan_run(split, BatchConfig(tokens=rows * LENGTH, micro_rows=micro_rows), train, ranks)
+    streams = [list(train_batches(split, plan, first, rank=rank)) for rank in range(ranks)]
+    assert {len(stream) for stream in streams} == {(4 - first) * plan.accumulation}
+    in_turn = [batch for batches in zip(*streams, strict=True) for batch in batches]
+    places = [place for batch in in_turn for place in batch.row_places if batch.label_places.numel()]
+    assert places == list(range(first * rows, 4 * rows))
+    tokens = [row_tokens(batch) for batch in in_turn if batch.label_places.numel()]
+    wanted = np.concatenate([rows_of_step(plan, step) for step in range(first, 4)])
+    assert np.array_equal(np.concatenate(tokens), split.tokens(wanted))
+
+
+@given(micro_rows=st.integers(1, 9), ranks=st.integers(1, 5))
+def test_ranks_evaluate_every_row_once_in_equally_many_batches(split: Split, micro_rows: int, ranks: int) -> None:
+    streams = [list(eval_batches(split, micro_rows, rank=rank, ranks=ranks)) for rank in range(ranks)]
+    assert len({len(stream) for stream in streams}) == 1
+    in_turn = [batch for batches in zip(*streams, strict=True) for batch in batches if batch.label_places.numel()]
+    assert np.array_equal(np.concatenate([row_tokens(batch) for batch in in_turn]), split.tokens(range(NUM_ROWS)))

@@ -2,7 +2,8 @@
 
 The order is `llmt_shared.order`'s: a pure function of the seed and of how many rows were consumed. A step takes
 `rows_per_step` rows from the endless concatenation of epochs; only the run's last step may be short. Every step is
-cut into the same number of micro-batches; one that is left without rows is a row of padding and adds exactly 0.
+cut into the same number of micro-batches on every rank, dealt out in turn; one that is left without rows is a row of
+padding and adds exactly 0. A rank here is one of those that read different rows.
 """
 
 import queue
@@ -10,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -56,15 +58,23 @@ class Plan(NamedTuple):
     micro_rows: int
     """Rows of a micro-batch; the last one of a step may have fewer."""
     accumulation: int
-    """Micro-batches of every step."""
+    """Micro-batches of every step, on each rank."""
     total_rows: int
     """Rows that the run consumes, repeats counted."""
     total_steps: int
     seed: int
+    ranks: int = 1
+    """Over which the micro-batches are dealt out."""
 
 
-def plan_run(split: AnySplit, batch: BatchConfig, train: TrainConfig) -> Plan:
+def plan_run(split: AnySplit, batch: BatchConfig, train: TrainConfig, ranks: int = 1) -> Plan:
     """Work out how a run's rows fall into steps.
+
+    Args:
+        split: the training rows.
+        batch: of the run's config.
+        train: likewise.
+        ranks: that read different rows.
 
     Raises:
         ConfigError: ``batch.tokens`` is no multiple of the row length, or far more than there is.
@@ -84,17 +94,18 @@ def plan_run(split: AnySplit, batch: BatchConfig, train: TrainConfig) -> Plan:
             f"batch.tokens: {batch.tokens} is {rows_per_step:,} rows, which each step would take from a dataset of "
             f"{split.num_rows:,}; wanted a step that sees no row more than {_MOST_PASSES} times"
         )
-    micro_rows = min(batch.micro_rows, rows_per_step)
+    micro_rows = min(batch.micro_rows, -(-rows_per_step // ranks))
     total_rows = _total_rows(train, split.num_rows, rows_per_step)
     return Plan(
         num_rows=split.num_rows,
         length=split.length,
         rows_per_step=rows_per_step,
         micro_rows=micro_rows,
-        accumulation=-(-rows_per_step // micro_rows),
+        accumulation=-(-rows_per_step // (micro_rows * ranks)),
         total_rows=total_rows,
         total_steps=-(-total_rows // rows_per_step),
         seed=train.seed,
+        ranks=ranks,
     )
 
 
@@ -122,16 +133,22 @@ def rows_of_step(plan: Plan, step: int) -> NDArray[np.int64]:
 
 
 def train_batches(
-    split: AnySplit, plan: Plan, first_step: int = 0, pairing: Pairing = NO_PAIRING
+    split: AnySplit, plan: Plan, first_step: int = 0, pairing: Pairing = NO_PAIRING, rank: int = 0
 ) -> Iterator[PackedBatch]:
-    """Yield the micro-batches of the steps from ``first_step`` to the run's last: ``accumulation`` for each step."""
-    steps = read_ahead(split, _rows_by_step(plan, first_step))
+    """Yield a rank's micro-batches of the steps from ``first_step`` to the run's last: ``accumulation`` for each."""
+    dealt = partial(_dealt, micro_rows=plan.micro_rows, rank=rank, ranks=plan.ranks)
+    steps = read_ahead(split, _rows_by_step(plan, first_step), dealt)
     for step, rows in enumerate(steps, first_step):
         denominators, first = count(split, rows), rows_consumed(plan, step)
-        pieces = _pieces(split, rows).parts(plan.micro_rows)
-        for start in range(0, plan.accumulation * plan.micro_rows, plan.micro_rows):
+        pieces = _pieces(split, dealt(rows)).parts(plan.micro_rows)
+        for start in plan.micro_rows * np.arange(rank, plan.accumulation * plan.ranks, plan.ranks):
             part = rows[start : start + plan.micro_rows]
-            yield read_batch(split, part, denominators, pairing, first + start, next(pieces, None))
+            yield read_batch(split, part, denominators, pairing, first + int(start), next(pieces, None))
+
+
+def _dealt(rows: NDArray[np.int64], micro_rows: int, rank: int, ranks: int) -> NDArray[np.int64]:
+    """Those of a step's rows that a rank takes: every micro-batch whose turn is its own."""
+    return rows[np.arange(len(rows)) // micro_rows % ranks == rank]
 
 
 def _rows_by_step(plan: Plan, first_step: int) -> Iterator[NDArray[np.int64]]:
@@ -143,20 +160,36 @@ def _rows_by_step(plan: Plan, first_step: int) -> Iterator[NDArray[np.int64]]:
         yield from np.split(rows, range(plan.rows_per_step, len(rows), plan.rows_per_step))
 
 
-def eval_batches(split: AnySplit, micro_rows: int, pairing: Pairing = NO_PAIRING) -> Iterator[PackedBatch]:
-    """Yield every row of a split once, in order; an evaluation counts as it goes, so there are no denominators."""
-    borders = range(0, split.num_rows, micro_rows)
+def eval_batches(
+    split: AnySplit, micro_rows: int, pairing: Pairing = NO_PAIRING, *, rank: int = 0, ranks: int = 1
+) -> Iterator[PackedBatch]:
+    """Yield a rank's share of all rows of a split, in order; an evaluation counts as it goes: no denominators.
+
+    Every rank yields as many micro-batches as the others: the last may be one of padding.
+    """
+    together = range(0, split.num_rows, ranks * micro_rows)
+    borders = (first + rank * micro_rows for first in together)
     parts = (np.arange(first, min(first + micro_rows, split.num_rows)) for first in borders)
     for rows in read_ahead(split, parts):
         yield read_batch(split, rows, {}, pairing)
 
 
-def read_ahead(split: AnySplit, parts: Iterable[NDArray[np.int64]]) -> Iterator[NDArray[np.int64]]:
-    """Yield parts of the rows as they come, each when the kernel fetches at least `_AHEAD` of the rows after it."""
+def read_ahead(
+    split: AnySplit,
+    parts: Iterable[NDArray[np.int64]],
+    own: Callable[[NDArray[np.int64]], NDArray[np.int64]] = lambda rows: rows,
+) -> Iterator[NDArray[np.int64]]:
+    """Yield parts of the rows as they come, each when the kernel fetches at least `_AHEAD` of the rows after it.
+
+    Args:
+        split: where the rows are.
+        parts: of them.
+        own: which rows of a part are to be fetched.
+    """
     waiting: deque[NDArray[np.int64]] = deque()
     num_rows = 0
     for part in parts:
-        split.will_need(part)
+        split.will_need(own(part))
         waiting.append(part)
         num_rows += len(part)
         while num_rows - len(waiting[0]) >= _AHEAD:
@@ -221,7 +254,7 @@ def _pieces(split: AnySplit, rows: NDArray[np.int64]) -> Pieces:
 def _padding(split: AnySplit, denominators: dict[str, float]) -> PackedBatch:
     empty, no_pairs = np.empty(0, np.int64), np.empty((0, 2), np.int64)
     tokens = np.zeros((1, split.length), np.int64)
-    has_pairs = "pairs" in denominators
+    has_pairs = split.pairs(empty) is not None
     return collate(
         tokens,
         np.zeros(1, np.int64),

@@ -29,8 +29,8 @@ class Mesh:
 
     layout: Layout
     place: Place
-    parameters: DeviceMesh
-    """Axes ``replicate``, ``shard`` (with cp inside) and ``tp``."""
+    parameters: DeviceMesh | None
+    """Axes ``replicate``, ``shard`` (with cp inside) and ``tp``; ``None`` where nothing is sharded."""
     tp: Axis
     cp: Axis
     dp: Axis
@@ -41,6 +41,7 @@ class Mesh:
     @property
     def fsdp(self) -> DeviceMesh:
         """What `fully_shard` is given."""
+        assert self.parameters is not None  # `build_mesh` made one
         return self.parameters["replicate", "shard"] if self.layout.replicate > 1 else self.parameters["shard"]
 
 

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from llmt_shared import durable
 
@@ -17,10 +17,14 @@ NAME = "metrics.jsonl"
 class MetricsFile:
     """An open metrics.jsonl (or another file of that kind) that a run resumed after ``last_step`` steps appends to.
 
-    What lies beyond that step was written by a run that did not live to save it, and is cut off.
+    What lies beyond that step was written by a run that did not live to save it, and is cut off. One rank writes; on
+    the others nothing is.
     """
 
-    def __init__(self, directory: Path, last_step: int, name: str = NAME) -> None:
+    def __init__(self, directory: Path, last_step: int, name: str = NAME, *, is_written: bool = True) -> None:
+        self._file: TextIO | None = None
+        if not is_written:
+            return
         path = directory / name
         kept = [json.dumps(record) for record in read_metrics(directory, name) if record["step"] <= last_step]
         durable.write(path, "".join(f"{line}\n" for line in kept if last_step > 0))
@@ -28,16 +32,19 @@ class MetricsFile:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one line, at once visible to readers."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
 
     def sync(self) -> None:
         """Put all lines on the disk: a checkpoint must never be ahead of the curve that leads to it."""
-        os.fsync(self._file.fileno())
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_metrics(directory: Path, name: str = NAME) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from llmt_train.data.rows import AnyDataset
 from llmt_train.model.head import logits_at
 from llmt_train.model.load import evaluating
 from llmt_train.module import TrainModule
-from llmt_train.setup import Setup, in_precision
+from llmt_train.setup import Setup
 
 NAME = "samples.jsonl"
 _CONTENT = "llmt"  # an answer whose end a chat template marks
@@ -88,14 +88,14 @@ def prepare_sampler(setup: Setup) -> Sampler | None:
 
 
 def write_samples(sampler: Sampler, setup: Setup, module: TrainModule, step: int) -> list[dict[str, Any]]:
-    """Let the model go on from every prompt, in evaluation mode and the run's arithmetic.
+    """Let the model go on from every prompt, in evaluation mode.
 
     Returns:
         The lines of samples.jsonl: ``step``, ``prompt``, ``text`` (what was written, without the token that ended it),
         ``tokens`` (the same with it, as ids).
     """
     eager = torch.compiler.set_stance("force_eager") if sampler.is_compiled else nullcontext()
-    with evaluating(module), in_precision(setup.config), eager:
+    with evaluating(module), eager:
         texts = generate(sampler, module, step)
     return [
         {"step": step, "prompt": prompt.text, "text": _decode(sampler, ids), "tokens": ids}

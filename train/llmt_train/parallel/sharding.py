@@ -1,0 +1,71 @@
+"""Parameters sharded over ranks (FSDP2: Zhao et al. 2023, arXiv:2304.11277): gathered layer by layer while they are used.
+
+Always, also over one rank: then every parameter is a DTensor on one mesh whatever the layout, the optimizer and the
+clipping see the same thing, and weights in fp32 compute in bf16 without a copy of them in either precision.
+"""
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from llmt_train.parallel.mesh import Mesh
+
+T = TypeVar("T")
+
+
+def shard(model: Any, mesh: Mesh, *, compute: torch.dtype | None = None, offload: bool = False) -> None:
+    """Shard a model's parameters over the ranks that average gradients; gradients are reduced in fp32.
+
+    Each layer is gathered by itself, and what lies outside the layers (embedding, last norm, head) with the model.
+
+    Args:
+        model: of transformers, its parameters perhaps split over tp; on the meta device or not.
+        mesh: of this process.
+        compute: dtype in which parameters are gathered and computed with; ``None`` is their own.
+        offload: keep the parts of this rank in the host's memory.
+    """
+    policy: OffloadPolicy = CPUOffloadPolicy() if offload else OffloadPolicy()
+    for layer in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
+        fully_shard(layer, mesh=mesh.fsdp, mp_policy=_precision(compute), offload_policy=policy)
+    root = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
+    fully_shard(model, mesh=mesh.fsdp, mp_policy=root, offload_policy=policy)
+    model.run_function = MethodType(_run, model)
+    register_fsdp_forward_method(model, "run_function")
+
+
+def _precision(compute: torch.dtype | None) -> MixedPrecisionPolicy:
+    return MixedPrecisionPolicy(compute, torch.float32)
+
+
+def _run(self: nn.Module, function: Callable[[], T]) -> T:
+    del self
+    return function()
+
+
+def run_forward(model: Any, function: Callable[[], T]) -> T:
+    """Call a function that computes with a model's weights outside of its layers, as if it were the model's forward.
+
+    Around a forward pass FSDP2 gathers the weights, and after the backward pass it reduces their gradients. The
+    tensors that the function returns, in whatever containers, are those that gradients come from. A model that is not
+    sharded just calls it.
+    """
+    result: T = model.run_function(function) if isinstance(model, FSDPModule) else function()
+    return result
+
+
+def synchronise_gradients(model: nn.Module, wanted: bool) -> None:
+    """Decide whether the next backward pass exchanges gradients, or adds them up on each rank."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(wanted)
