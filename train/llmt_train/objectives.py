@@ -4,7 +4,10 @@ Every measure is a sum with the count it is to be divided by, never a mean: a mi
 optimizer step divides, the step does. Sums over segments run in fp64, because the log-probability of an answer is
 hundreds of times larger than the differences that preferences are made of.
 
-Shape legend: N packed tokens, P pieces, Q pairs of a micro-batch, K values of a measure.
+Ranks that share a micro-batch's tokens (context parallel) have a part of each measure; all parts add up to it. What is
+of tokens each rank has of its own. What is of pairs they all make, of sums over all tokens, and each has an equal share.
+
+Shape legend: N packed tokens of this rank, P pieces, Q pairs of a micro-batch, K values of a measure.
 """
 
 import math
@@ -18,6 +21,7 @@ from torch import Tensor
 from llmt_shared.segments import IGNORE
 from llmt_train.data.batch import PackedBatch
 from llmt_train.model.head import Scores
+from llmt_train.parallel.collectives import total
 
 
 class Measure(NamedTuple):
@@ -26,7 +30,8 @@ class Measure(NamedTuple):
     values: Tensor
     """[K]; their sum is divided."""
     counts: Tensor
-    """[K]; by how much each adds to what is divided by: 1, or 0 where it does not count."""
+    """[K]; by how much each adds to what is divided by: 1, or 0 where it does not count; a share of 1 where ranks
+    share it."""
     piece: Tensor
     """[K] int64; the piece that each value is of, and by it the source."""
     per: str
@@ -109,7 +114,10 @@ def dpo(
 
 
 def pair_logps(scores: Scores, batch: PackedBatch) -> Tensor:
-    """Return the log-probability of both sides of every pair, chosen then rejected, given the prompt: [Q, 2] fp64."""
+    """Return the log-probability of both sides of every pair, chosen then rejected, given the prompt: [Q, 2] fp64.
+
+    Ranks that share the tokens get the same.
+    """
     assert batch.pairs is not None  # preference data has them
     return _sums(scores.logps, batch)[batch.pairs]
 
@@ -170,7 +178,8 @@ def _pair_metrics(sums: Tensor, margins: Tensor, nll: Measure, batch: PackedBatc
 
 def _per_pair(values_Q: Tensor, batch: PackedBatch) -> Measure:
     assert batch.pairs is not None  # the objectives looked
-    return Measure(values_Q, torch.ones_like(values_Q), batch.pairs[:, 0], "pairs")
+    num_ranks = batch.split.cp.size
+    return Measure(values_Q / num_ranks, torch.ones_like(values_Q) / num_ranks, batch.pairs[:, 0], "pairs")
 
 
 def _chosen_nll(scores: Scores, batch: PackedBatch, per: str) -> Measure:
@@ -194,9 +203,9 @@ def _num_labels(batch: PackedBatch) -> Tensor:
 
 
 def _sums(values_N: Tensor, batch: PackedBatch) -> Tensor:
-    """[P] sums over the tokens of each piece, in fp64."""
+    """[P] sums over the tokens of each piece, those of other ranks too, in fp64."""
     zeros = torch.zeros(len(batch.lengths), dtype=torch.float64, device=values_N.device)
-    return zeros.index_add(0, batch.segment_ids_flat.long(), values_N.double())
+    return total(zeros.index_add(0, batch.segment_ids_flat.long(), values_N.double()), batch.split.cp)
 
 
 def share(measure: tuple[Measure, ...], denominators: dict[str, float]) -> Tensor:

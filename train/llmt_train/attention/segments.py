@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llmt_train.parallel.mesh import ALONE, Axis
+
 Backend = str | Callable[..., Tensor]
 """``auto``, one of ``BACKENDS``, or a function in their place, for whoever asks about shapes and sizes alone."""
 
@@ -26,6 +28,8 @@ class Segments:
     """The run's choice. It travels with the data, so there is no global switch."""
     deterministic: bool = False
     """Whether only backends whose backward gives the same bits every time may serve."""
+    cp: Axis = ALONE
+    """Ranks each of which brings N / size consecutive tokens to an attention over all N (context parallel)."""
     block_masks: dict[int | None, Any] = field(default_factory=dict, repr=False)
     """FlexAttention's masks by window: made by the first layer that needs one, shared by the others."""
 

@@ -3,6 +3,8 @@
 The segments travel as the keyword ``segments`` of the model's forward. What this function cannot do it refuses: an
 attention that silently ignored the segments would train on documents that see each other.
 
+Under context parallel what comes is this rank's tokens, and the segments are those of all ranks' together.
+
 Shape legend: N packed tokens, H query heads, K key/value heads, D head size.
 """
 
@@ -15,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from llmt_shared.errors import ConfigError
 from llmt_train.attention.choose import varlen_attention
 from llmt_train.attention.segments import Segments
+from llmt_train.parallel.context import attend_by_heads
 
 NAME = "llmt"
 """Name of this attention in transformers' registers."""
@@ -55,20 +58,24 @@ def attend(
     assert segments is not None  # `_check` raises
     if query.shape[0] != 1:
         raise ValueError(f"a batch of {query.shape[0]} rows; a micro-batch is one row, its segments laid end to end")
-    out = varlen_attention(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        segments,
-        scale=scaling,
-        window=sliding_window,
-        softcap=softcap,
-        sinks=s_aux,
-        dropout=dropout,
-        backend=segments.backend,
-        deterministic=segments.deterministic,
-    )
-    return out.unsqueeze(0), None
+
+    def attention(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, sinks_H: Tensor | None) -> Tensor:
+        return varlen_attention(
+            q_NHD,
+            k_NKD,
+            v_NKD,
+            segments,
+            scale=scaling,
+            window=sliding_window,
+            softcap=softcap,
+            sinks=sinks_H,
+            dropout=dropout,
+            backend=segments.backend,
+            deterministic=segments.deterministic,
+        )
+
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return attend_by_heads(attention, q, k, v, s_aux, segments.cp).unsqueeze(0), None
 
 
 def _check(

@@ -1,8 +1,10 @@
 """The micro-batch: some packed rows laid end to end as one row of N tokens, with everything a model and a loss need.
 
-Shape legend: R rows, L tokens in a row, N = R * L, S segments, P pieces (segments and padding tails).
+Shape legend: R rows, L tokens in a row, N = R * L, n of them on this rank (n = N but for context parallel), S segments,
+P pieces (segments and padding tails).
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,17 +14,22 @@ from torch import Tensor
 
 from llmt_shared.segments import IGNORE, Pieces, Spans, label_places, labels, lay_out, position_ids
 from llmt_train.attention import Backend, Segments
+from llmt_train.parallel.context import WHOLE, TokenSplit
+
+
+Text = Sequence[int] | NDArray[np.int64]
+"""Tokens."""
 
 
 class PackedBatch(NamedTuple):
     """One micro-batch. A named tuple, because Lightning may rebuild what it moves or casts."""
 
     input_ids: Tensor
-    """[1, N] int64."""
+    """[1, n] int64."""
     labels: Tensor
-    """[1, N] int64; already shifted: the label at t is token t + 1 of the same segment, else -100."""
+    """[1, n] int64; already shifted: the label at t is token t + 1 of the same segment, else -100."""
     position_ids: Tensor
-    """[1, N] int64; restarts at 0 with every piece."""
+    """[1, n] int64; restarts at 0 with every piece."""
     cu_seqlens: Tensor
     """[P + 1] int32; borders of the pieces, from 0 to N."""
     max_seqlen: int
@@ -30,7 +37,7 @@ class PackedBatch(NamedTuple):
     lengths: tuple[int, ...]
     """P lengths of the pieces, on the host: reading them from ``cu_seqlens`` would wait for the device."""
     segment_ids_flat: Tensor
-    """[N] int32; the piece of each token, 0-based over the whole micro-batch: index of per-segment sums."""
+    """[n] int32; the piece of each token, 0-based over the whole micro-batch: index of per-segment sums."""
     segment_source: Tensor
     """[P] int64; index of the piece's source; -1 for a padding tail."""
     label_places: Tensor
@@ -42,11 +49,13 @@ class PackedBatch(NamedTuple):
     pairs: Tensor | None = None
     """[Q, 2] int64; pieces of the chosen and the rejected side of each preference pair."""
     in_response: Tensor | None = None
-    """[N] bool; where the label is a target of an answer; ``None`` where every label is."""
+    """[n] bool; where the label is a target of an answer; ``None`` where every label is."""
     reference_logps: Tensor | None = None
     """[Q, 2] fp64; log-probability of each side's targets under the reference; ``None`` without one."""
     segment_lengths: tuple[int, ...] = ()
     """S lengths of the segments alone, on the host: ``lengths`` without the padding tails."""
+    split: TokenSplit = WHOLE
+    """Ranks that share the N tokens. What is of tokens is of this rank's, what is of pieces or pairs of all."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedBatch":
         """Return the same micro-batch with its tensors on a device (Lightning calls this)."""
@@ -57,7 +66,49 @@ class PackedBatch(NamedTuple):
 
     def segments(self, backend: Backend = "auto", deterministic: bool = False) -> Segments:
         """Return what attention reads: the borders of the pieces, and by which backend they are to be kept apart."""
-        return Segments(self.lengths, self.cu_seqlens, self.segment_ids_flat, self.max_seqlen, backend, deterministic)
+        ids, cp = self.segment_ids_flat, self.split.cp
+        if cp.size > 1:
+            ids = torch.repeat_interleave(self.cu_seqlens.diff(), output_size=sum(self.lengths))
+        return Segments(self.lengths, self.cu_seqlens, ids, self.max_seqlen, backend, deterministic, cp)
+
+
+def shard_tokens(batch: PackedBatch, split: TokenSplit) -> PackedBatch:
+    """Keep this rank's tokens of a whole micro-batch: n = N / cp consecutive ones.
+
+    Args:
+        batch: on the host: on a device this would wait for it.
+        split: ranks that share the tokens; every one of them has this micro-batch.
+
+    Raises:
+        ValueError: the tokens do not divide by the ranks.
+    """
+    num_tokens, cp = sum(batch.lengths), split.cp
+    if num_tokens % split.multiple:
+        raise ValueError(f"{num_tokens} tokens do not divide by the {split.multiple} ranks that share them")
+    first, last = (num_tokens * rank // cp.size for rank in (cp.rank, cp.rank + 1))
+    places = batch.label_places
+    return batch._replace(
+        input_ids=batch.input_ids[:, first:last],
+        labels=batch.labels[:, first:last],
+        position_ids=batch.position_ids[:, first:last],
+        segment_ids_flat=batch.segment_ids_flat[first:last],
+        label_places=places[(places >= first) & (places < last)] - first,
+        in_response=None if batch.in_response is None else batch.in_response[first:last],
+        split=split,
+    )
+
+
+def pack_texts(texts: Sequence[Text], split: TokenSplit = WHOLE) -> PackedBatch:
+    """Lay texts end to end, each a segment, for whoever asks a model about something else than a dataset's rows.
+
+    Args:
+        texts: tokens of each, one at least.
+        split: ranks that share the tokens; padding follows as far as they need it.
+    """
+    ids, lengths = np.concatenate([np.asarray(text, np.int64) for text in texts]), np.array([len(x) for x in texts])
+    ids_1N = np.pad(ids, (0, -len(ids) % split.multiple))[None]
+    one_row, sources = np.array([len(texts)]), np.zeros(len(texts), np.int64)
+    return shard_tokens(collate(ids_1N, one_row, lengths, sources, None, {"targets": 1.0}), split)
 
 
 def collate(

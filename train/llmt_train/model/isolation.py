@@ -6,17 +6,22 @@ How much they would move without borders is measured too, by the same pack as on
 depends on the weights, and in a freshly drawn model it is small.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llmt_shared.errors import ConfigError
-from llmt_train.attention import Segments
-from llmt_train.model.load import evaluating
+from llmt_train.model.load import evaluating, whole_logits
+from llmt_train.parallel.context import WHOLE, TokenSplit
+
+Document = NDArray[np.int64]
+"""Tokens."""
 
 _LENGTHS = (19, 23)
 """Tokens of the probe's documents, longer than the windows of small models."""
@@ -42,25 +47,35 @@ class _Probe(NamedTuple):
     """Standard deviation of the logits: what the others are measured by."""
 
 
-def check_isolation(model: Any, *, attention: str = "auto", autocast: torch.dtype | None = None) -> None:
+def check_isolation(
+    model: Any,
+    *,
+    attention: str = "auto",
+    autocast: torch.dtype | None = None,
+    split: TokenSplit = WHOLE,
+    device: torch.device | None = None,
+) -> None:
     """Refuse a model that lets documents of a row see each other; runs in evaluation mode and restores every mode.
 
     Args:
         model: from `load_model`, on the device where it will train; a vocabulary of at least 2.
         attention: backend of the run.
         autocast: compute dtype of the run where it is not that of the parameters.
+        split: ranks that share the model's layers and tokens; all of them call this.
+        device: where the model computes; ``None`` is where its embeddings lie.
 
     Raises:
         ConfigError: the model cannot run on packed rows, or a document saw another; it names the model and what moved.
     """
     name = model.config.model_type
     embeddings = model.get_input_embeddings().weight
-    device = embeddings.device
-    documents = _documents(embeddings.shape[0], device)
-    context = torch.autocast(device.type, autocast) if autocast is not None else nullcontext()
+    place = embeddings.device if device is None else device
+    logits = partial(_logits, model, device=place, attention=attention, split=split)
+    documents = _documents(embeddings.shape[0])
+    context = torch.autocast(place.type, autocast) if autocast is not None else nullcontext()
     try:
-        with torch.no_grad(), evaluating(model), context:
-            probes = [_probe(model, documents, place, attention) for place in (0, 1)]
+        with evaluating(model), context:
+            probes = [_probe(logits, documents, changed) for changed in (0, 1)]
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a model raises here, it is why it cannot train on packed rows
@@ -73,36 +88,32 @@ def check_isolation(model: Any, *, attention: str = "auto", autocast: torch.dtyp
 WAY_OUT = "choose a model family with a standard attention (llama, qwen, mistral, phi3, gemma, gpt2, ...)"
 
 
-def _documents(vocab_size: int, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+def _documents(vocab_size: int) -> tuple[list[Document], list[Document]]:
     """Two documents, and for each another text of the same length that differs in every token."""
     generator = np.random.default_rng(0)
     texts = [generator.integers(vocab_size, size=length) for length in _LENGTHS]
     others = [(text + generator.integers(1, vocab_size, size=len(text))) % vocab_size for text in texts]
-    return [torch.from_numpy(text).to(device) for text in texts], [torch.from_numpy(text).to(device) for text in others]
+    return texts, others
 
 
-def _probe(model: Any, documents: tuple[list[Tensor], list[Tensor]], changed: int, attention: str) -> _Probe:
+def _probe(
+    logits: Callable[[Sequence[Document]], Tensor], documents: tuple[list[Document], list[Document]], changed: int
+) -> _Probe:
     """Change one document (0 or 1) of the pack and watch the other."""
     texts, others = documents
     watched = 1 - changed
     mine = slice(0, _LENGTHS[0]) if watched == 0 else slice(_LENGTHS[0], sum(_LENGTHS))
     replaced = [others[i] if i == changed else texts[i] for i in (0, 1)]
-    packed = _logits(model, texts, _LENGTHS, attention)[mine]
-    after = _logits(model, replaced, _LENGTHS, attention)[mine]
-    alone = _logits(model, [texts[watched]], [_LENGTHS[watched]], attention)
+    packed, after, alone = logits(texts)[mine], logits(replaced)[mine], logits([texts[watched]])
     # Without borders: as one document, with the changed one in front, for a later one is hidden by causality.
-    merged = [_logits(model, [pack[changed], pack[watched]], [sum(_LENGTHS)], attention) for pack in (texts, replaced)]
+    merged = [logits([np.concatenate([pack[changed], pack[watched]])]) for pack in (texts, replaced)]
     leak = (merged[1] - merged[0])[_LENGTHS[changed] :]
     return _Probe(_largest(after - packed), _largest(leak), _largest(packed - alone), packed.std().item())
 
 
-def _logits(model: Any, texts: list[Tensor], lengths: Sequence[int], attention: str) -> Tensor:
-    """[N, V] in fp32 of one row; positions restart with every one of ``lengths``."""
-    ids = torch.cat(texts)
-    segments = Segments.from_lengths(list(lengths), ids.device, attention)
-    positions = torch.cat([torch.arange(length, device=ids.device) for length in lengths])
-    output = model(input_ids=ids[None], position_ids=positions[None], segments=segments, use_cache=False)
-    logits: Tensor = output.logits[0]
+def _logits(model: Any, texts: Sequence[Document], **how: Any) -> Tensor:
+    """[N, V] in at least fp32 of one row; see `whole_logits`."""
+    logits = whole_logits(model, texts, **how)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

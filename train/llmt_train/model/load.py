@@ -5,7 +5,7 @@ import difflib
 import inspect
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from llmt_shared.errors import ConfigError
-from llmt_train.attention import NAME, Segments, register
-from llmt_train.data.batch import PackedBatch
+from llmt_train.attention import NAME, Backend, Segments, register
+from llmt_train.data.batch import PackedBatch, Text, pack_texts
+from llmt_train.parallel.collectives import gather_same
+from llmt_train.parallel.context import WHOLE, TokenSplit
 
 _LEGACY_KEYS = frozenset({"rope_theta", "rope_scaling", "partial_rotary_factor", "torch_dtype"})
 """Keys of older config.json files that transformers still takes where the class has their successor."""
@@ -81,7 +83,7 @@ def load_skeleton(spec: str | Mapping[str, Any], *, dtype: torch.dtype = torch.f
 
 
 def forward_hidden(model: Any, batch: PackedBatch, segments: Segments | None = None) -> Tensor:
-    """Return what the output layer reads: the decoder's last hidden states, [N, H].
+    """Return what the output layer reads: the decoder's last hidden states, [N, H], of the tokens that this rank has.
 
     Args:
         model: from `load_model`.
@@ -95,6 +97,37 @@ def forward_hidden(model: Any, batch: PackedBatch, segments: Segments | None = N
         use_cache=False,
     )
     return cast("Tensor", output.last_hidden_state[0])
+
+
+@torch.no_grad()
+def whole_logits(
+    model: Any,
+    texts: Sequence[Text],
+    *,
+    device: torch.device | str | None = None,
+    attention: Backend = "auto",
+    deterministic: bool = False,
+    split: TokenSplit = WHOLE,
+) -> Tensor:
+    """Return the model's own logits of texts packed into one row, the same on every rank: [N, V], N tokens together.
+
+    Args:
+        model: from `load_model`; if it is cut over devices, all its ranks call this.
+        texts: tokens of each; any number.
+        device: where the model computes; ``None`` is where its embeddings lie.
+        attention: backend of the attention, or ``auto``.
+        deterministic: see `varlen_attention`.
+        split: ranks that share the model's layers and tokens.
+    """
+    place = model.get_input_embeddings().weight.device if device is None else device
+    batch = pack_texts(texts, split).to(place)
+    output = model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        segments=batch.segments(attention, deterministic),
+        use_cache=False,
+    )
+    return gather_same(output.logits[0], split.cp, 0)[: sum(len(text) for text in texts)]
 
 
 @contextmanager

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from llmt_shared.order import key
 from llmt_train.data.batch import PackedBatch
 
+_BLOCK = 1024
+"""Tokens of a row whose noise is drawn at a time."""
+
 
 @contextmanager
 def noisy_embeddings(model: Any, batch: PackedBatch, alpha: float, seed: int) -> Iterator[None]:
@@ -17,7 +20,7 @@ def noisy_embeddings(model: Any, batch: PackedBatch, alpha: float, seed: int) ->
 
     A document of n tokens with embeddings of size d gets ``alpha / sqrt(n d)`` times uniform noise in -1 .. 1: n is
     the document's own length, so that it does not matter what it was packed with. The noise of a row is a function of
-    its place in the run's order, so that it does not matter how the step is split.
+    its place in the run's order, so that it does not matter how the step is split, nor which ranks share its tokens.
 
     Args:
         model: from `load_model`.
@@ -37,14 +40,32 @@ def noisy_embeddings(model: Any, batch: PackedBatch, alpha: float, seed: int) ->
         handle.remove()
 
 
-def _noise(batch: PackedBatch, embedded_1NH: Tensor, alpha: float, seed: int) -> Tensor:
-    num_rows, (_, num_tokens, size) = len(batch.row_places), embedded_1NH.shape
-    device, dtype = embedded_1NH.device, torch.promote_types(embedded_1NH.dtype, torch.float32)
-    rows = []
-    for place in batch.row_places:
-        generator = torch.Generator(device).manual_seed(key(seed, place))
-        rows.append(torch.rand(num_tokens // num_rows, size, generator=generator, device=device))
-    lengths = torch.diff(batch.cu_seqlens).to(dtype)[batch.segment_ids_flat.long()]
+def _noise(batch: PackedBatch, embedded_1nH: Tensor, alpha: float, seed: int) -> Tensor:
+    """Of the n tokens that this rank's embedding returns: fewer than all where ranks share them."""
+    num_tokens, size = embedded_1nH.shape[1:]
+    device, dtype = embedded_1nH.device, torch.promote_types(embedded_1nH.dtype, torch.float32)
+    first = batch.split.first(num_tokens)
+    uniform_nH = _uniform(batch, range(first, first + num_tokens), size, seed, device)
+    pieces = batch.segment_ids_flat.long()
+    if batch.split.sp:
+        pieces = pieces.view(-1, num_tokens)[batch.split.tp.rank]
+    lengths = torch.diff(batch.cu_seqlens).to(dtype)[pieces]
     scale = alpha / (lengths * size).sqrt()
-    noise_NH = (2 * torch.cat(rows).to(dtype) - 1) * scale[:, None]
-    return noise_NH[None].to(embedded_1NH.dtype)
+    noise_nH = (2 * uniform_nH.to(dtype) - 1) * scale[:, None]
+    return noise_nH[None].to(embedded_1nH.dtype)
+
+
+def _uniform(batch: PackedBatch, tokens: range, size: int, seed: int, device: torch.device) -> Tensor:
+    """Numbers in 0 .. 1 for some of the micro-batch's N tokens: a function of a token's place in its row.
+
+    They are drawn for a block of a row's tokens at a time, of which this rank may need a part.
+    """
+    row_length, parts, token = sum(batch.lengths) // len(batch.row_places), [], tokens.start
+    while token < tokens.stop:
+        row, place = divmod(token, row_length)
+        block, start = divmod(place, _BLOCK)
+        generator = torch.Generator(device).manual_seed(key(seed, batch.row_places[row], block))
+        drawn = torch.rand(min(_BLOCK, row_length - block * _BLOCK), size, generator=generator, device=device)
+        parts.append(drawn[start : start + tokens.stop - token])
+        token += len(parts[-1])
+    return torch.cat(parts)
