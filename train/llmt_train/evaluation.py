@@ -31,7 +31,7 @@ def evaluate(
     rank, ranks = setup.mesh.dp.rank, setup.mesh.dp.size
     batches = eval_batches(setup.splits[split], setup.plan.micro_rows, setup.pairing[split], rank=rank, ranks=ranks)
     with evaluating(module):
-        for index, batch in enumerate(batches):
+        for index, batch in enumerate(setup.own_tokens(batches)):
             module.validation_step(batch.to(device(), non_blocking=True), index)
             advance(len(batch.row_places) * ranks)
     result = module.evaluation.over(setup.mesh.averaged)

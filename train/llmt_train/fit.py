@@ -136,7 +136,7 @@ def _train(setup: Setup, sampler: Sampler | None, stop: StopRequest, start: Path
         reporter = Reporter(plan.total_steps, step, has_bar=first)
         stack.callback(reporter.close)
         rows, pairing, rank = setup.dataset.train, setup.pairing["train"], setup.mesh.dp.rank
-        batches = Prefetched(partial(train_batches, rows, plan, step, pairing, rank))
+        batches = Prefetched(lambda: setup.own_tokens(train_batches(rows, plan, step, pairing, rank)))
         stack.callback(batches.close)
         meter = Meter(
             plan, flops_of(setup.model), peak_of_this_device(_computes_in_bf16(config)), lambda: batches.waited

@@ -19,8 +19,10 @@ from llmt_train.model.head import HeadSpec, find_head
 from llmt_train.model.isolation import check_isolation
 from llmt_train.model.liger import use_liger
 from llmt_train.model.load import load_model
+from llmt_train.parallel.context import TokenSplit
 from llmt_train.parallel.mesh import Mesh
 from llmt_train.parallel.sharding import shard
+from llmt_train.parallel.tensor import tensor_parallel
 from llmt_train.reference import live_reference
 
 
@@ -40,14 +42,22 @@ def open_policy(model: Any, config: RunConfig, mesh: Mesh) -> HeadSpec | None:
 
 def lay_out(model: Any, config: RunConfig, mesh: Mesh) -> HeadSpec | None:
     """Lay a model out over devices; prove that packed documents are isolated in it; find how it makes its logits."""
-    shard(model, mesh, compute=torch.bfloat16 if uses_bf16(config) else None, offload=config.parallel.offload)
-    check_isolation(model, attention=config.attention, compute=torch.bfloat16 if uses_bf16(config) else None)
+    compute, split = torch.bfloat16 if uses_bf16(config) else None, split_of(config, mesh)
+    if mesh.layout.tp > 1:
+        tensor_parallel(model, mesh, sp=config.parallel.sp)
+    shard(model, mesh, compute=compute, offload=config.parallel.offload)
+    check_isolation(model, attention=config.attention, compute=compute, split=split, device=torch.device(device()))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        head = find_head(model)
+        head = find_head(model, split)
     for warning in caught:
         say(f"note: {warning.message}")
     return head
+
+
+def split_of(config: RunConfig, mesh: Mesh) -> TokenSplit:
+    """Return which ranks share the tokens of a micro-batch."""
+    return TokenSplit(mesh.tp, mesh.cp, config.parallel.sp and mesh.layout.tp > 1)
 
 
 Logps = Callable[[PackedBatch], Tensor]

@@ -1,6 +1,6 @@
 """Everything that a run is made of, checked before its first step: data, arithmetic, model, task."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from llmt_shared.progress import say
 from llmt_train.attention import Machine, machine_of
 from llmt_train.check.preflight import Preflight, adapt_skeleton, check_attention, compare_tokens, raise_problems
 from llmt_train.config import FromConfig, FromSynthetic, RunConfig
+from llmt_train.data.batch import PackedBatch, shard_tokens
 from llmt_train.data.rows import AnyDataset, AnySplit
 from llmt_train.data.stream import NO_PAIRING, Pairing, Plan, plan_run, rows_consumed
 from llmt_train.data.synthetic import open_synthetic
@@ -35,6 +36,7 @@ from llmt_train.policy import (
     open_model,
     open_policy,
     spec_of,
+    split_of,
     uses_bf16,
 )
 from llmt_train.reference import Identity, fingerprint, open_overlay
@@ -59,6 +61,10 @@ class Setup:
     task: Task
     pairing: dict[str, Pairing]
     """By split: what preference data is read with."""
+
+    def own_tokens(self, batches: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
+        """Cut micro-batches down to the tokens that this rank has of them."""
+        return map(partial(shard_tokens, split=split_of(self.config, self.mesh)), batches)
 
     @property
     def splits(self) -> dict[str, AnySplit]:

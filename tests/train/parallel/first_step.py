@@ -56,8 +56,8 @@ def _take(config: RunConfig) -> Taken:
     module = build_module(setup)
     held_out = _flat(evaluate(module, setup, "validation"))
     trainer = build_trainer(setup, look, max_steps=1)
-    batches = partial(train_batches, setup.dataset.train, setup.plan, 0, setup.pairing["train"], setup.mesh.dp.rank)
-    stream = Prefetched(batches)
+    rows, pairing, rank = setup.dataset.train, setup.pairing["train"], setup.mesh.dp.rank
+    stream = Prefetched(lambda: setup.own_tokens(train_batches(rows, setup.plan, 0, pairing, rank)))
     trainer.fit(module, stream)
     stream.close()
     return Taken(look.measures, look.gradients, look.norm, look.clipped, held_out)

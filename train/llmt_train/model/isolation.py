@@ -7,7 +7,6 @@ depends on the weights, and in a freshly drawn model it is small.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -51,7 +50,7 @@ def check_isolation(
     model: Any,
     *,
     attention: str = "auto",
-    autocast: torch.dtype | None = None,
+    compute: torch.dtype | None = None,
     split: TokenSplit = WHOLE,
     device: torch.device | None = None,
 ) -> None:
@@ -60,7 +59,7 @@ def check_isolation(
     Args:
         model: from `load_model`, on the device where it will train; a vocabulary of at least 2.
         attention: backend of the run.
-        autocast: compute dtype of the run where it is not that of the parameters.
+        compute: dtype of the run's arithmetic where it is not that of the parameters.
         split: ranks that share the model's layers and tokens; all of them call this.
         device: where the model computes; ``None`` is where its embeddings lie.
 
@@ -72,15 +71,14 @@ def check_isolation(
     place = embeddings.device if device is None else device
     logits = partial(_logits, model, device=place, attention=attention, split=split)
     documents = _documents(embeddings.shape[0])
-    context = torch.autocast(place.type, autocast) if autocast is not None else nullcontext()
     try:
-        with evaluating(model), context:
+        with evaluating(model):
             probes = [_probe(logits, documents, changed) for changed in (0, 1)]
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a model raises here, it is why it cannot train on packed rows
         raise ConfigError(f"{name}: cannot run on packed rows: {error}; {WAY_OUT}") from error
-    dtype = next(model.parameters()).dtype if autocast is None else autocast
+    dtype = next(model.parameters()).dtype if compute is None else compute
     for probe, changed, watched in zip(probes, ("earlier", "later"), ("later", "earlier"), strict=True):
         _judge(probe, name, changed, watched, dtype)
 

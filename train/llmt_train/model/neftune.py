@@ -44,11 +44,9 @@ def _noise(batch: PackedBatch, embedded_1nH: Tensor, alpha: float, seed: int) ->
     """Of the n tokens that this rank's embedding returns: fewer than all where ranks share them."""
     num_tokens, size = embedded_1nH.shape[1:]
     device, dtype = embedded_1nH.device, torch.promote_types(embedded_1nH.dtype, torch.float32)
-    first = batch.split.first(num_tokens)
+    first = batch.split.cp.rank * num_tokens
     uniform_nH = _uniform(batch, range(first, first + num_tokens), size, seed, device)
     pieces = batch.segment_ids_flat.long()
-    if batch.split.sp:
-        pieces = pieces.view(-1, num_tokens)[batch.split.tp.rank]
     lengths = torch.diff(batch.cu_seqlens).to(dtype)[pieces]
     scale = alpha / (lengths * size).sqrt()
     noise_nH = (2 * uniform_nH.to(dtype) - 1) * scale[:, None]
