@@ -2,15 +2,17 @@
 
 import shutil
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from llmt_shared.errors import ConfigError, Stopped
 from llmt_shared.progress import say
@@ -25,7 +27,7 @@ from llmt_train.module import TrainModule
 from llmt_train.optim import build_optimizer
 from llmt_train.quiet import quiet_lightning, quiet_transformers
 from llmt_train.schedule import build_scheduler
-from llmt_train.setup import Setup, describe, set_up, uses_bf16
+from llmt_train.setup import Setup, describe, device, set_up, uses_bf16
 from llmt_train.stopping import StopRequest
 from llmt_train.watch.loggers import FOLDERS as LOGGER_FOLDERS
 from llmt_train.watch.loggers import NAME as LOGGERS
@@ -135,9 +137,8 @@ def _train(setup: Setup, sampler: Sampler | None, stop: StopRequest, start: Path
         losses = deque(recent_losses(read_metrics(config.output)), maxlen=WINDOW)
         save = partial(_save, setup)
         run = Run(setup, metrics, loggers, reporter, stop, meter, losses, save, sampler, samples)
-        checkpoint = start and start / checkpoints.WEIGHTS
         trainer = _trainer(config, plan, StepCallback(run))
-        trainer.fit(build_module(setup), batches, ckpt_path=checkpoint, weights_only=True)
+        trainer.fit(build_module(setup), batches, ckpt_path=start, weights_only=True)
 
 
 def _computes_in_bf16(config: RunConfig) -> bool:
@@ -177,16 +178,58 @@ def _save(setup: Setup, trainer: pl.Trainer, step: int, eval_loss: float | None)
             checkpoints.MODEL_CONFIG: model.config.to_dict(),
             "generation_config.json": generation.to_dict() if generation else {},
         },
-        trainer.save_checkpoint,
+        partial(checkpoints.save_training, snapshot=_snapshot(trainer)),
     )
     checkpoints.prune(config.output, config.save.keep, config.save.keep_best)
+
+
+def _snapshot(trainer: pl.Trainer) -> checkpoints.Snapshot:
+    """What Lightning would write, and where."""
+    taken: list[checkpoints.Snapshot] = []
+    trainer.save_checkpoint(trainer.default_root_dir, weights_only=False, storage_options=taken.append)
+    return taken[0]
+
+
+class _OneDevice(SingleDeviceStrategy):
+    """Lightning's own, which leaves what a checkpoint holds of model and optimizers to us."""
+
+    restore_checkpoint_after_setup = True
+    lightning_restore_optimizer = False
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Nothing: see `take`."""
+        return {}
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Nothing: see `take`."""
+        return {}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Hand over what is to be written."""
+        model, alone = self._saved
+        storage_options(checkpoints.take(checkpoint, model, self.optimizers, trained_alone=alone))
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Fill model and optimizers; return the rest."""
+        model, alone = self._saved
+        return checkpoints.load_training(Path(checkpoint_path), model, self.optimizers, trained_alone=alone)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Nothing: it is loaded."""
+
+    @property
+    def _saved(self) -> tuple[torch.nn.Module, bool]:
+        module = self.lightning_module
+        assert isinstance(module, TrainModule)
+        return module.model, not module.strict_loading
 
 
 def _trainer(config: RunConfig, plan: Plan, callback: StepCallback) -> pl.Trainer:
     return pl.Trainer(
         accelerator="cuda" if torch.cuda.is_available() else "cpu",
         devices=1,
-        plugins=[LightningEnvironment(), checkpoints.WeightsFile()],  # one process, whatever scheduler started it
+        strategy=_OneDevice(device()),
+        plugins=[LightningEnvironment()],  # one process, whatever scheduler started it
         precision="bf16-mixed" if uses_bf16(config) else "32-true",
         deterministic=config.train.deterministic,
         max_steps=plan.total_steps,

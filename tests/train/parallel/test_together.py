@@ -41,7 +41,7 @@ def fail(error: Exception, bad_rank: int) -> Exception:
 
 def failures() -> list[str]:
     found = [fail(OSError(errno.ENOSPC, "No space left", "file"), 1), fail(FormatError("bad"), 1), fail(KeyError(3), 0)]
-    disk, ours, other = found
+    disk, ours, _ = found
     assert isinstance(disk, OSError)
     assert (disk.errno, disk.filename) == (errno.ENOSPC, "file")
     assert type(ours) is FormatError

@@ -136,7 +136,9 @@ class Writing:
         assert self._metadata is not None
         self._writer.finish(self._metadata, results)
         places = {result.index: result.storage_data for each in results for result in each}
-        tensors = {name: _described(name, stored, places) for name, stored in self._metadata.state_dict_metadata.items()}
+        tensors = {
+            name: _described(name, stored, places) for name, stored in self._metadata.state_dict_metadata.items()
+        }
         index = {"format": _FORMAT, "tensors": tensors}
         with (self._folder / INDEX).open("w") as file:
             json.dump(index, file)
@@ -217,7 +219,10 @@ def read(folder: Path, tensors: Mapping[str, Tensor], index: Index | None = None
             raise FormatError(f"{folder}: holds no {name}")
         if stored.shape != tuple(tensor.shape):
             raise FormatError(f"{folder}: {name} is {list(stored.shape)}; wanted {list(tensor.shape)}")
-    planner, reader = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False), FileSystemReader(folder)
+    planner, reader = (
+        DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+        FileSystemReader(folder),
+    )
     metadata = _metadata_of({name: index.tensors[name] for name in tensors})
     try:
         planner.set_up_planner(dict(tensors), metadata, True)
