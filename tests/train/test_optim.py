@@ -122,7 +122,7 @@ def test_muon_takes_the_hidden_matrices_and_nothing_else(family) -> None:
     model = tiny(family)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     optimizer = build_optimizer(model, MuonConfig(optimizer="muon", lr=0.1))
-    muon, adamw = optimizer._parts
+    muon, adamw = optimizer.parts
     of_muon = {names[id(p)] for group in muon.param_groups for p in group["params"]}
     of_adamw = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
     assert of_muon | of_adamw == set(names.values())
@@ -135,7 +135,7 @@ def test_muon_takes_the_hidden_matrices_and_nothing_else(family) -> None:
 
 def test_a_model_without_hidden_matrices_is_all_adamws() -> None:
     optimizer = build_optimizer(nn.Embedding(4, 3), MuonConfig(optimizer="muon", lr=0.1))
-    assert [type(part).__name__ for part in optimizer._parts] == ["AdamW"]
+    assert [type(part).__name__ for part in optimizer.parts] == ["AdamW"]
 
 
 def test_the_learning_rate_reaches_both_parts_also_after_loading() -> None:
@@ -148,7 +148,7 @@ def test_the_learning_rate_reaches_both_parts_also_after_loading() -> None:
     scheduler = build_scheduler(optimizer, config, 10)
     optimizer.step()
     scheduler.step()
-    rates = [group["lr"] for part in optimizer._parts for group in part.param_groups]
+    rates = [group["lr"] for part in optimizer.parts for group in part.param_groups]
     assert rates == pytest.approx([0.45] * 3)
 
 

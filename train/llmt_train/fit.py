@@ -22,10 +22,10 @@ from llmt_train.lock import NAME as LOCK
 from llmt_train.lock import locked
 from llmt_train.module import TrainModule
 from llmt_train.optim import build_optimizer
-from llmt_train.parallel.agreement import from_first
 from llmt_train.parallel.mesh import is_first
 from llmt_train.parallel.process import ProcessGroup
-from llmt_train.parallel.strategy import LaidOut
+from llmt_train.parallel.strategy import LaidOut, snapshot
+from llmt_train.parallel.together import by_first
 from llmt_train.policy import uses_bf16
 from llmt_train.quiet import quiet_lightning, quiet_transformers
 from llmt_train.schedule import build_scheduler
@@ -93,10 +93,10 @@ def fit(config: RunConfig, *, force: bool = False) -> FitResult:
         first = is_first()
         if first:
             stack.enter_context(_locked(config.output))
-        from_first(lambda: None)
+        by_first(lambda: None)
         if force and first:
             _remove_run(config.output)
-        start = from_first(partial(_resume_point, setup))
+        start = by_first(partial(_resume_point, setup))
         step = checkpoints.read_state(start).step if start else 0
         is_finished = start is not None and step == plan.total_steps
         if not is_finished:
@@ -141,12 +141,11 @@ def _train(setup: Setup, sampler: Sampler | None, stop: StopRequest, start: Path
         meter = Meter(
             plan, flops_of(setup.model), peak_of_this_device(_computes_in_bf16(config)), lambda: batches.waited
         )
-        before = from_first(lambda: recent_losses(read_metrics(config.output)))
+        before = by_first(lambda: recent_losses(read_metrics(config.output)))
         save = partial(_save, setup)
         run = Run(setup, metrics, loggers, reporter, stop, meter, deque(before, maxlen=WINDOW), save, sampler, samples)
-        checkpoint = start and start / checkpoints.WEIGHTS
         trainer = build_trainer(setup, StepCallback(run), max_steps=plan.total_steps)
-        trainer.fit(build_module(setup), batches, ckpt_path=checkpoint, weights_only=True)
+        trainer.fit(build_module(setup), batches, ckpt_path=start, weights_only=True)
 
 
 def _computes_in_bf16(config: RunConfig) -> bool:
@@ -188,7 +187,7 @@ def _save(setup: Setup, trainer: pl.Trainer, step: int, eval_loss: float | None)
             checkpoints.MODEL_CONFIG: model.config.to_dict(),
             "generation_config.json": generation.to_dict() if generation else {},
         },
-        trainer.save_checkpoint,
+        partial(checkpoints.save_training, snapshot=snapshot(trainer)),
     )
     checkpoints.prune(config.output, config.save.keep, config.save.keep_best)
 
@@ -201,7 +200,7 @@ def build_trainer(setup: Setup, callback: pl.Callback, *, max_steps: int) -> pl.
         accelerator="cuda" if torch.cuda.is_available() else "cpu",
         devices=processes.local_world,
         num_nodes=processes.world_size() // processes.local_world,
-        strategy=LaidOut(setup.mesh),
+        strategy=LaidOut(setup.mesh, saves_trained_alone=config.lora is not None),
         plugins=[processes],
         precision="32-true",  # bf16 is FSDP2's: see `sharding`
         deterministic=config.train.deterministic,

@@ -77,31 +77,36 @@ def _muon(model: nn.Module, groups: list[dict[str, Any]], config: MuonConfig) ->
     return Together(parts)
 
 
+def parts_of(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """Return the optimizers that hold the state and the groups: several of `Together`, else itself."""
+    return optimizer.parts if isinstance(optimizer, Together) else [optimizer]
+
+
 class Together(torch.optim.Optimizer):
     """Optimizers of different parameters that step, save and load as one: a trainer and a scheduler want one."""
 
     def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
         super().__init__([{"params": group["params"]} for part in parts for group in part.param_groups], {})
-        self._parts = list(parts)
+        self.parts = list(parts)
         self._share_groups()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step every part; the closure runs once, before."""
         loss = closure() if closure is not None else None
-        for part in self._parts:
+        for part in self.parts:
             part.step()
         return loss
 
     def state_dict(self) -> dict[str, Any]:
         """Return the parts' states."""
-        return {"parts": [part.state_dict() for part in self._parts]}
+        return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
-        for part, state in zip(self._parts, state_dict["parts"], strict=True):
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
         self._share_groups()
 
     def _share_groups(self) -> None:
         """Whoever sets a learning rate in these groups sets it in the parts'."""
-        self.param_groups = [group for part in self._parts for group in part.param_groups]
+        self.param_groups = [group for part in self.parts for group in part.param_groups]

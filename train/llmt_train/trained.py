@@ -12,9 +12,8 @@ from llmt_train import checkpoints
 from llmt_train.attention import NAME, register
 from llmt_train.config import LoraConfig
 from llmt_train.model.adapt import resize_embeddings
-from llmt_train.model.adapters import add_adapters, check_trained_state
+from llmt_train.model.adapters import add_adapters
 from llmt_train.model.load import load_model
-from llmt_train.module import without_prefix
 from llmt_train.reference import fingerprint
 
 
@@ -27,20 +26,18 @@ def load_checkpoint_model(checkpoint: Path) -> Any:
     """
     register()
     config = checkpoints.read_config(checkpoint)
-    weights = without_prefix(checkpoints.read_weights(checkpoint / checkpoints.WEIGHTS, mmap=True)["state_dict"])
+    checkpoints.check_undamaged(checkpoint)
     if config.get("lora"):
         model = _adapted(checkpoint, config)
-        check_trained_state(model, weights)
-        model.load_state_dict(weights, strict=False)
+        checkpoints.read_model(checkpoint, model, trained_alone=True)
         return model.eval()
     classes: Any = AutoModelForCausalLM
     model_config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     model = classes.from_config(model_config, attn_implementation=NAME, dtype=torch.float32, trust_remote_code=False)
     try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise FormatError(f"{checkpoint}: the weights do not fit config.json: {reason}") from None
+        checkpoints.read_model(checkpoint, model)
+    except FormatError as error:
+        raise FormatError(f"{checkpoint}: the weights do not fit config.json: {error}") from None
     return model.eval()
 
 

@@ -1,0 +1,27 @@
+"""What the ranks of an axis find out together."""
+
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+from llmt_train.parallel.mesh import Axis
+
+T = TypeVar("T")
+
+
+def summed(tensor: Tensor, axis: Axis) -> Tensor:
+    """Return the sum over an axis; no gradient passes."""
+    tensor = tensor.detach().clone()
+    if axis.group is not None:
+        dist.all_reduce(tensor, group=axis.group)
+    return tensor
+
+
+def gathered(value: T, axis: Axis) -> list[T]:
+    """Return the values of all ranks of an axis, in their order."""
+    if axis.group is None:
+        return [value]
+    values: list[Any] = [None] * axis.size
+    dist.all_gather_object(values, value, group=axis.group)
+    return values
