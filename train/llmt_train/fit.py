@@ -96,7 +96,7 @@ def fit(config: RunConfig, *, force: bool = False) -> FitResult:
         by_first(lambda: None)
         if force and first:
             _remove_run(config.output)
-        start = by_first(partial(_resume_point, setup))
+        start = _resume_point(setup)
         step = checkpoints.read_state(start).step if start else 0
         is_finished = start is not None and step == plan.total_steps
         if not is_finished:
@@ -114,7 +114,7 @@ def _resume_point(setup: Setup) -> Path | None:
     config = setup.config
     for damage in checkpoints.set_damaged_aside(config.output):
         say(f"warning: {damage}")
-    newest = checkpoints.newest_checkpoint(config.output)
+    newest = by_first(lambda: checkpoints.newest_checkpoint(config.output))
     if newest is not None:
         begun = Begun(setup.plan, setup.dataset.digest, setup.base)
         check_resumption(newest, begun, config, setup.model.config.to_dict())
@@ -189,7 +189,7 @@ def _save(setup: Setup, trainer: pl.Trainer, step: int, eval_loss: float | None)
         },
         partial(checkpoints.save_training, snapshot=snapshot(trainer)),
     )
-    checkpoints.prune(config.output, config.save.keep, config.save.keep_best)
+    by_first(lambda: checkpoints.prune(config.output, config.save.keep, config.save.keep_best))
 
 
 def build_trainer(setup: Setup, callback: pl.Callback, *, max_steps: int) -> pl.Trainer:

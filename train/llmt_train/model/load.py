@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from llmt_shared.errors import ConfigError
@@ -132,7 +133,10 @@ def whole_logits(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every module gets back the mode it had."""
+    """Evaluation mode for a while; every module gets back the mode it had.
+
+    Sharded weights that the last forward pass gathered are let go of: no backward pass comes that would do it.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -140,6 +144,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def _find(name: str) -> tuple[Path, bool]:

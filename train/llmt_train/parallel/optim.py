@@ -46,22 +46,23 @@ class WholeAdafactor(torch.optim.Adafactor):
     def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state, weights, gradient = self.state[parameter], whole(parameter), whole(gradient)
         if not state:
-            state["step"] = torch.tensor(0.0)
-            state |= _factors(gradient) if gradient.ndim > 1 else {"variance": torch.zeros_like(gradient)}
+            state |= {"step": torch.tensor(0.0), **(_factors(gradient) if gradient.ndim > 1 else {})}
+            if gradient.ndim < 2:
+                state["variance"] = torch.zeros_like(parameter)
+        means = {name: whole(state[name]) if name in state else None for name in ("row_var", "col_var", "variance")}
         adafactor(
             [weights],
             [gradient],
-            [state.get("row_var")],
-            [state.get("col_var")],
-            [state.get("variance")],
+            *([mean] for mean in means.values()),
             [state["step"]],
             foreach=False,
             eps1=group["eps"][0],
             eps2=group["eps"][1],
             **{name: group[name] for name in ("d", "lr", "beta2_decay", "weight_decay", "maximize")},
         )
-        if weights is not parameter:
-            parameter.copy_(like(weights, parameter))
+        for tensor, updated in [(parameter, weights), *((state.get(name), mean) for name, mean in means.items())]:
+            if isinstance(tensor, DTensor) and updated is not None:
+                tensor.copy_(like(updated, tensor))
 
 
 def _factors(gradient: Tensor) -> dict[str, Tensor]:

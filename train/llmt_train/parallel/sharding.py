@@ -1,4 +1,4 @@
-"""Parameters sharded over ranks (FSDP2: Zhao et al. 2023, arXiv:2304.11277): gathered layer by layer while they are used.
+"""Parameters sharded over ranks, gathered layer by layer while they are used (FSDP2: Zhao et al. 2023, arXiv:2304.11277).
 
 Always, also over one rank: then every parameter is a DTensor on one mesh whatever the layout, the optimizer and the
 clipping see the same thing, and weights in fp32 compute in bf16 without a copy of them in either precision.
@@ -57,11 +57,15 @@ def _run(self: nn.Module, function: Callable[[], T]) -> T:
 def run_forward(model: Any, function: Callable[[], T]) -> T:
     """Call a function that computes with a model's weights outside of its layers, as if it were the model's forward.
 
-    Around a forward pass FSDP2 gathers the weights, and after the backward pass it reduces their gradients. The
-    tensors that the function returns, in whatever containers, are those that gradients come from. A model that is not
+    Around a forward pass FSDP2 gathers the weights, and after the backward pass, or here where none will follow, lets
+    go of them. Gradients come from the tensors that the function returns, in whatever containers. A model that is not
     sharded just calls it.
     """
-    result: T = model.run_function(function) if isinstance(model, FSDPModule) else function()
+    if not isinstance(model, FSDPModule):
+        return function()
+    result: T = model.run_function(function)  # type: ignore[attr-defined]
+    if not torch.is_grad_enabled():
+        model.reshard()
     return result
 
 
