@@ -93,7 +93,8 @@ def _own(x: Tensor, axis: Axis, dim: int) -> Tensor:
 
 
 def _swapped(x: Tensor, axis: Axis, split_dim: int, concat_dim: int) -> Tensor:
-    parts = torch.stack(x.split(_share(x, axis, split_dim), split_dim))
+    _share(x, axis, split_dim)
+    parts = torch.stack(x.chunk(axis.size, split_dim))
     out = torch.empty_like(parts)
     dist.all_to_all_single(out, parts, group=axis.group)
     return out.movedim(0, concat_dim).flatten(concat_dim, concat_dim + 1).contiguous()
