@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -36,7 +37,7 @@ def on_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[
             process.join(_PATIENCE)
     failures = [f"rank {rank}:\n{text}" for rank, (is_right, text) in sorted(answers.items()) if not is_right]
     assert not failures, "\n".join(failures)
-    return [answers[rank][1] for rank in range(world)]
+    return [pickle.loads(answers[rank][1]) for rank in range(world)]
 
 
 def _run(rank: int, world: int, folder: str, queue: Any, function: Callable[..., Any], arguments: Any) -> None:
@@ -44,7 +45,8 @@ def _run(rank: int, world: int, folder: str, queue: Any, function: Callable[...,
     store = dist.FileStore(str(Path(folder) / "store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     try:
-        queue.put((rank, (True, function(*arguments))))
+        # Pickled here: a queue would hand tensors over in shared memory, which ends with this process.
+        queue.put((rank, (True, pickle.dumps(function(*arguments)))))
     except BaseException:
         queue.put((rank, (False, traceback.format_exc())))
         os._exit(1)  # the others may wait in a collective for ever; nothing here is worth a clean end
