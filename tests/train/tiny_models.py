@@ -30,7 +30,9 @@ _GEMMA = {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16, "att
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": _COMMON,
     "phi3": {**_COMMON, "sliding_window": 11},
+    "qwen2": _COMMON,
     "qwen3": {**_COMMON, "head_dim": 16},
+    "smollm3": {**_COMMON, "no_rope_layers": [1, 0]},
     "mistral": {**_COMMON, "sliding_window": 8},
     "gemma2": {**_COMMON, **_GEMMA},
     "gpt2": {**_GPT2, **_IDS, **_NO_DROPOUT},
