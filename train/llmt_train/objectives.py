@@ -4,8 +4,8 @@ Every measure is a sum with the count it is to be divided by, never a mean: a mi
 optimizer step divides, the step does. Sums over segments run in fp64, because the log-probability of an answer is
 hundreds of times larger than the differences that preferences are made of.
 
-Ranks that share a micro-batch's tokens (context parallel) have a part of each measure; all parts add up to it. What is
-of tokens each rank has of its own. What is of pairs they all make, of sums over all tokens, and each has an equal share.
+Ranks that share a micro-batch's tokens (context parallel) have a part of each measure; all parts add up to it. Of
+tokens each rank has its own. What is of pairs all ranks make, of sums over all tokens, and each has an equal share.
 
 Shape legend: N packed tokens of this rank, P pieces, Q pairs of a micro-batch, K values of a measure.
 """

@@ -16,7 +16,6 @@ from llmt_shared.segments import IGNORE, Pieces, Spans, label_places, labels, la
 from llmt_train.attention import Backend, Segments
 from llmt_train.parallel.context import WHOLE, TokenSplit
 
-
 Text = Sequence[int] | NDArray[np.int64]
 """Tokens."""
 
