@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zlib
 from pathlib import Path
 
 import pytest
@@ -167,7 +168,7 @@ def changed(run: Path, folder: Path, name: str, **keys: object) -> Path:
     checkpoint = shutil.copytree(run, folder) / "checkpoints" / "step-00000002"
     path, state = checkpoint / name, json.loads((checkpoint / "state.json").read_text())
     path.write_text(json.dumps(json.loads(path.read_text()) | keys))
-    state["files"][name] = path.stat().st_size
+    state["files"][name], state["checksums"][name] = path.stat().st_size, zlib.crc32(path.read_bytes())
     (checkpoint / "state.json").write_text(json.dumps(state))
     return checkpoint
 
@@ -196,12 +197,7 @@ def test_weights_that_cannot_be_written_are_named(run: Path, tmp_path: Path, mon
 
 
 def test_a_checkpoint_whose_parts_do_not_fit_is_named(run: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(run, tmp_path / "run") / "checkpoints" / "step-00000002"
-    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 3}
-    state = json.loads((folder / "state.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config))
-    state["files"]["config.json"] = (folder / "config.json").stat().st_size
-    (folder / "state.json").write_text(json.dumps(state))
+    folder = changed(run, tmp_path / "run", "config.json", num_hidden_layers=3)
     with pytest.raises(FormatError, match=r"the weights do not fit config\.json"):
         export(folder, tmp_path / "model")
 

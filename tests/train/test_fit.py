@@ -12,6 +12,7 @@ import pytest
 import torch
 from train import tiny_dataset
 from train.interrupted import curve, interrupt
+from train.saved import saved_tensors
 from train.tiny_dataset import WORDS, write_dataset
 
 from llmt_shared.dataset import Split
@@ -69,8 +70,8 @@ def test_a_run_learns_and_leaves_what_it_promises(data: Path, tmp_path: Path) ->
 
 def test_a_checkpoint_loads_with_weights_only_and_plain_containers(data: Path, tmp_path: Path) -> None:
     folder = Path(fit(make_config(data, tmp_path / "run", train={"steps": 1})).checkpoint)
-    content = torch.load(folder / checkpoints.WEIGHTS, weights_only=True)
-    assert {"state_dict", "optimizer_states", "lr_schedulers", "loops"} <= content.keys()
+    content = torch.load(folder / checkpoints.TRAINER, weights_only=True)
+    assert {"optimizers", "lr_schedulers", "loops"} <= content.keys()
     assert RunConfig.model_validate(checkpoints.read_config(folder)).train.steps == 1
 
 
@@ -219,7 +220,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(data: Path, tmp_path
     with pytest.raises(DataError, match=r"step 4: the loss is nan.*Rows \d+, \d+; documents .*optim\.lr"):
         fit(make_config(data, tmp_path / "run"))
     assert [record["step"] for record in read_metrics(tmp_path / "run") if "loss" in record] == [1, 2, 3]
-    state = torch.load(tmp_path / "run/checkpoints/step-00000003/lightning.ckpt", weights_only=True)["state_dict"]
+    state = saved_tensors(tmp_path / "run/checkpoints/step-00000003")
     assert all(tensor.isfinite().all() for tensor in state.values())
 
 
@@ -227,10 +228,7 @@ def test_bf16_keeps_weights_and_optimizer_state_in_fp32(data: Path, tmp_path: Pa
     model = {"from_config": LLAMA}
     result = fit(make_config(data, tmp_path / "run", model, precision="bf16"))
     assert result.loss < 0.8 * math.log(WORDS)
-    content = torch.load(Path(result.checkpoint) / checkpoints.WEIGHTS, weights_only=True)
-    assert {tensor.dtype for tensor in content["state_dict"].values()} == {torch.float32}
-    states = content["optimizer_states"][0]["state"].values()
-    assert {state["exp_avg"].dtype for state in states} == {torch.float32}
+    assert {tensor.dtype for tensor in saved_tensors(Path(result.checkpoint)).values()} == {torch.float32}
 
 
 def test_a_dataset_that_holds_nothing_out_is_not_evaluated(tmp_path: Path) -> None:

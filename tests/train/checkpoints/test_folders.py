@@ -2,20 +2,19 @@
 
 import errno
 import json
-import os
-import subprocess
-import sys
-import tempfile
-from contextlib import suppress
+import zlib
 from pathlib import Path
 
 import pytest
-import torch
+from train.parallel.ranks import on_ranks
 
+from llmt_shared import durable
 from llmt_shared.errors import ConfigError, FormatError, Stopped
 from llmt_train import checkpoints
-from llmt_train.checkpoints import State
+from llmt_train.checkpoints import State, damage
+from llmt_train.parallel.together import agreed, own_rank
 
+WEIGHTS = "tensors/weights"
 CONFIG = {"optim": {"lr": 0.1, "clip": 1.0}, "train": {"steps": 10, "seed": 1}, "save": {"every": 2}, "log": ["jsonl"]}
 MODEL = {"model_type": "llama", "hidden_size": 8, "transformers_version": "5.0"}
 
@@ -27,7 +26,15 @@ def make_state(step: int, **changes: object) -> State:
 
 def save(run: Path, step: int, eval_loss: float | None = None) -> Path:
     documents, state = {"config.yaml": CONFIG, "config.json": MODEL}, make_state(step, eval_loss=eval_loss)
-    return checkpoints.save_checkpoint(run, state, documents, lambda path: path.write_bytes(b"weights"))
+    return checkpoints.save_checkpoint(run, state, documents, write)
+
+
+def write(folder: Path) -> list[Path]:
+    """What a training would write."""
+    path = folder / checkpoints.TENSORS / "weights"
+    path.parent.mkdir()
+    path.write_bytes(b"weights")
+    return [path]
 
 
 def kept(run: Path) -> list[int]:
@@ -38,8 +45,11 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
     folder = save(tmp_path, 200)
     assert folder.name == "step-00000200"
     state = checkpoints.read_state(folder)
-    assert state.model_copy(update={"files": {}}) == make_state(200)
-    assert state.files[checkpoints.WEIGHTS] == 7
+    assert state.model_copy(update={"files": {}, "checksums": {}}) == make_state(200, format=2)
+    assert state.files["tensors/weights"] == 7
+    assert state.checksums["tensors/weights"] == zlib.crc32(b"weights")
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert names - {"state.json"} == state.files.keys() == state.checksums.keys()
     assert checkpoints.read_config(folder) == CONFIG
     assert checkpoints.read_json(folder, "config.json") == MODEL
     assert {"python", "versions", "device"} <= checkpoints.read_json(folder, "environment.json").keys()
@@ -57,7 +67,7 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path: Path, damage: str) -> None:
     older, torn = save(tmp_path, 1), save(tmp_path, 2)
     match damage:
         case "truncate":
-            (torn / checkpoints.WEIGHTS).write_bytes(b"w")
+            (torn / WEIGHTS).write_bytes(b"w")
         case "remove":
             (torn / "config.json").unlink()
         case "no state":
@@ -76,8 +86,8 @@ def test_a_torn_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
 
 def test_an_unfinished_folder_is_ignored_and_cleared(tmp_path: Path) -> None:
     unfinished = tmp_path / "checkpoints" / ".step-00000003.partial"  # what a kill leaves
-    unfinished.mkdir(parents=True)
-    (unfinished / checkpoints.WEIGHTS).write_bytes(b"half")
+    (unfinished / "tensors").mkdir(parents=True)
+    (unfinished / WEIGHTS).write_bytes(b"half")
     assert checkpoints.newest_checkpoint(tmp_path) is None
     folder = save(tmp_path, 4)
     checkpoints.prune(tmp_path, 2)
@@ -127,7 +137,7 @@ def test_a_damaged_checkpoint_is_not_among_the_best(tmp_path: Path, damage: str)
         save(tmp_path, step, loss)
     best = tmp_path / "checkpoints" / "step-00000001"
     if damage == "torn":
-        (best / checkpoints.WEIGHTS).unlink()
+        (best / WEIGHTS).unlink()
     else:
         best.rename(best.with_name(f"damaged-{best.name}"))
     checkpoints.prune(tmp_path, 1, keep_best=1)
@@ -145,7 +155,7 @@ def test_a_state_of_before_there_were_held_out_losses_is_read(tmp_path: Path) ->
 
 def test_a_torn_checkpoint_takes_no_whole_ones_place(tmp_path: Path) -> None:
     whole, torn = save(tmp_path, 5), save(tmp_path, 6)
-    (torn / checkpoints.WEIGHTS).write_bytes(b"")
+    (torn / WEIGHTS).write_bytes(b"")
     checkpoints.prune(tmp_path, 1)
     assert list((tmp_path / "checkpoints").iterdir()) == [whole]
 
@@ -157,66 +167,6 @@ def test_what_is_no_checkpoint_is_never_removed(tmp_path: Path) -> None:
     mine.mkdir()
     checkpoints.prune(tmp_path, 1)
     assert set(folder.parent.iterdir()) == {folder, notes, mine}
-
-
-def test_weights_go_straight_to_their_place(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "no such folder"))
-    file = checkpoints.WeightsFile()
-    file.save_checkpoint({"a": torch.arange(3)}, tmp_path / "weights")
-    assert file.load_checkpoint(tmp_path / "weights")["a"].tolist() == [0, 1, 2]
-
-
-def test_a_full_disk_is_an_oserror_and_not_torchs_own(tmp_path: Path) -> None:
-    code = f"""
-import resource, torch
-from llmt_train.checkpoints import WeightsFile
-resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-try:
-    WeightsFile().save_checkpoint({{"a": torch.zeros(100_000)}}, {str(tmp_path / "weights")!r})
-except OSError as error:
-    print(error.errno)
-"""
-    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
-    assert done.stdout.strip() == str(errno.EFBIG), done.stderr
-
-
-class Trap:
-    """Unpickling it makes a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = str(folder)
-
-    def __reduce__(self) -> tuple:
-        return os.mkdir, (self.folder,)
-
-
-def test_a_checkpoint_that_holds_code_is_refused_and_runs_nothing(tmp_path: Path) -> None:
-    torch.save({"state_dict": {}, "trap": Trap(tmp_path / "sprung")}, tmp_path / "weights")
-    with pytest.raises(FormatError, match="something else than tensors and plain data"):
-        checkpoints.read_weights(tmp_path / "weights")
-    assert not (tmp_path / "sprung").exists()
-
-
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04" + bytes(100)])
-def test_a_damaged_weights_file_is_named(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "weights").write_bytes(content)
-    with pytest.raises(FormatError, match=r"weights: cannot be read"):
-        checkpoints.read_weights(tmp_path / "weights")
-
-
-def test_a_flipped_bit_of_a_weights_file_changes_nothing_or_is_a_format_error(tmp_path: Path) -> None:
-    """Of a zip archive's directory too, where Python's reader raises whatever the bytes make of it."""
-    folder = tmp_path / "checkpoints" / "step-00000002"
-    checkpoints.save_checkpoint(tmp_path, make_state(2), {"config.yaml": CONFIG}, lambda path: torch.save({}, path))
-    path = folder / checkpoints.WEIGHTS
-    sound = path.read_bytes()
-    for place in range(len(sound) - 1200, len(sound)):
-        for bit in (0, 3, 7):
-            content = bytearray(sound)
-            content[place] ^= 1 << bit
-            path.write_bytes(content)
-            with suppress(FormatError):
-                assert checkpoints.read_weights(path) == {}
 
 
 def test_files_are_copied_at_any_depth_and_an_error_is_the_systems(tmp_path: Path) -> None:
@@ -233,9 +183,9 @@ def test_files_are_copied_at_any_depth_and_an_error_is_the_systems(tmp_path: Pat
 def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(tmp_path: Path) -> None:
     older = save(tmp_path, 1)
 
-    def full(path: Path) -> None:
-        path.write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+    def full(folder: Path) -> list[Path]:
+        write(folder)
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder))
 
     wanted = r"No space left on device.*saved up to step 1; make room.*resume"
     with pytest.raises(Stopped, match=wanted), checkpoints.stopped_by_full_disk(tmp_path):
@@ -247,7 +197,7 @@ def test_a_path_means_itself_or_the_newest_of_its_run(tmp_path: Path) -> None:
     older, newest = save(tmp_path, 1), save(tmp_path, 2)
     assert checkpoints.find_checkpoint(tmp_path) == newest
     assert checkpoints.find_checkpoint(older) == older
-    (older / checkpoints.WEIGHTS).unlink()
+    (older / WEIGHTS).unlink()
     with pytest.raises(FormatError, match="missing or truncated"):
         checkpoints.find_checkpoint(older)
     with pytest.raises(FormatError, match="no complete checkpoint"):
@@ -300,13 +250,104 @@ def test_a_damaged_config_is_named(tmp_path: Path) -> None:
         checkpoints.read_json(folder, "config.json")
 
 
-def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
-    save(tmp_path, 1)
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_of_any_file_is_found_and_the_checkpoint_set_aside(tmp_path: Path) -> None:
+    for name in checkpoints.read_state(save(tmp_path, 1)).files:
+        older, newest = save(tmp_path, 1), save(tmp_path, 2)
+        flip(newest / name)
+        with pytest.raises(FormatError, match=f"the checksum of {name} is wrong"):
+            checkpoints.check_undamaged(newest)
+        [told] = checkpoints.set_damaged_aside(tmp_path)
+        assert f"the checksum of {name} is wrong; set aside as damaged-step-00000002" in told
+        assert checkpoints.newest_checkpoint(tmp_path) == older
+        checkpoints.check_undamaged(older)
+
+
+def test_all_damaged_checkpoints_above_a_sound_one_are_set_aside(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        flip(save(tmp_path, step) / WEIGHTS)
+    sound = save(tmp_path, 2)
+    assert len(checkpoints.set_damaged_aside(tmp_path)) == 1
+    assert checkpoints.newest_checkpoint(tmp_path) == sound
+    assert kept(tmp_path) == [1, 2]  # nobody would use the first
+    flip(sound / WEIGHTS)
+    assert len(checkpoints.set_damaged_aside(tmp_path)) == 2
+    assert checkpoints.newest_checkpoint(tmp_path) is None
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch) -> None:
+    newest = save(tmp_path, 1)
 
     def refuse(*_: object) -> None:
-        raise PermissionError(13, "Permission denied", "lightning.ckpt")
+        raise PermissionError(errno.EACCES, "Permission denied", WEIGHTS)
 
-    monkeypatch.setattr(checkpoints.zipfile, "ZipFile", refuse)
+    monkeypatch.setattr(damage, "print_of", refuse)
     with pytest.raises(PermissionError):
         checkpoints.set_damaged_aside(tmp_path)
-    assert checkpoints.newest_checkpoint(tmp_path).name == "step-00000001"
+    assert checkpoints.newest_checkpoint(tmp_path) == newest
+
+
+def test_a_checkpoint_of_an_earlier_version_is_told_and_not_lost(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints" / "step-00000003"
+    folder.mkdir(parents=True)
+    (folder / "lightning.ckpt").write_bytes(b"weights")
+    state = make_state(3, files={"lightning.ckpt": 7}).model_dump(exclude={"format", "checksums"})
+    (folder / "state.json").write_text(json.dumps(state))
+    assert checkpoints.set_damaged_aside(tmp_path) == []
+    for ask, of in ((checkpoints.newest_checkpoint, tmp_path), (checkpoints.find_checkpoint, folder)):
+        with pytest.raises(FormatError, match=r"made by an earlier version of llmt.*finish the run or export it with"):
+            ask(of)
+    save(tmp_path, 2)
+    checkpoints.prune(tmp_path, 1)
+    assert kept(tmp_path) == [3]
+
+
+def save_on_ranks(run: Path, bad_rank: int | None) -> str:
+    """Each rank writes a file; a bad one finds no room. Return the folder, or the error."""
+
+    def write_own(folder: Path) -> list[Path]:
+        return agreed(lambda: write_one(folder / f"rank-{own_rank()}"))
+
+    def write_one(path: Path) -> list[Path]:
+        if own_rank() == bad_rank:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        path.write_text(path.name)
+        return [path]
+
+    try:
+        return str(checkpoints.save_checkpoint(run, make_state(1), {"config.yaml": CONFIG}, write_own))
+    except OSError as error:
+        return str(error) if durable.is_full_disk(error) else "another error"
+
+
+def test_all_ranks_write_into_one_folder_and_the_first_one_describes_it(tmp_path: Path) -> None:
+    first, second = on_ranks(2, save_on_ranks, tmp_path, None)
+    assert first == second == str(tmp_path / "checkpoints" / "step-00000001")
+    checkpoints.check_undamaged(Path(first))
+    assert {"rank-0", "rank-1", "config.yaml"} <= checkpoints.read_state(Path(first)).files.keys()
+
+
+@pytest.mark.parametrize("bad_rank", [0, 1])
+def test_a_rank_without_room_stops_all_and_leaves_nothing(tmp_path: Path, bad_rank: int) -> None:
+    first, second = on_ranks(2, save_on_ranks, tmp_path, bad_rank)
+    assert first == second
+    assert f"No space left on device (rank {bad_rank} on " in first
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def set_aside_on_ranks(run: Path) -> tuple[list[str], str]:
+    return checkpoints.set_damaged_aside(run), str(checkpoints.newest_checkpoint(run))
+
+
+def test_ranks_share_the_search_for_damage_and_agree(tmp_path: Path) -> None:
+    older, newest = save(tmp_path, 1), save(tmp_path, 2)
+    flip(newest / WEIGHTS)
+    first, second = on_ranks(2, set_aside_on_ranks, tmp_path)
+    assert first == second
+    assert len(first[0]) == 1
+    assert first[1] == str(older)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from train.saved import saved_tensors
 from train.tiny_dataset import WORDS, write_dataset
 from train.tiny_models import VOCAB, tiny
 
@@ -33,8 +34,7 @@ def run(data: Path, output: Path, train: dict | None = None, **changes) -> dict[
         "batch": {"tokens": 80, "micro_rows": 2}, "train": {"steps": 4} | (train or {}), "optim": {"lr": 1e-2},
     }  # fmt: skip
     result = fit(RunConfig.model_validate(settings | changes))
-    state = checkpoints.read_weights(Path(result.checkpoint) / checkpoints.WEIGHTS)["state_dict"]
-    return {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    return saved_tensors(Path(result.checkpoint), "model.")
 
 
 def curve(output: Path) -> list[float]:
@@ -99,8 +99,8 @@ def test_weights_state_and_export_are_bf16_where_that_is_wanted(data, tmp_path):
     weights = run(data, tmp_path / "run", {"steps": 12}, precision="bf16-true")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     checkpoint = checkpoints.find_checkpoint(tmp_path / "run")
-    [optimizer] = checkpoints.read_weights(checkpoint / checkpoints.WEIGHTS)["optimizer_states"]
-    assert {state["exp_avg"].dtype for state in optimizer["state"].values()} == {torch.bfloat16}
+    state = saved_tensors(checkpoint, "optimizer.")
+    assert {tensor.dtype for name, tensor in state.items() if name.endswith("exp_avg")} == {torch.bfloat16}
     assert curve(tmp_path / "run")[-1] < 0.95 * curve(tmp_path / "run")[0]
     export(tmp_path / "run", tmp_path / "out", check=True)
     exported = load_model(str(tmp_path / "out"), dtype=torch.bfloat16).state_dict()

@@ -58,9 +58,7 @@ def check_undamaged(folder: Path) -> None:
     """Raise FormatError where a complete checkpoint's files are not what was written."""
     reason = find_damage(folder)
     if reason is not None:
-        raise FormatError(
-            f"{folder}: cannot be read: {reason}; remove this step's folder, and the one before it serves"
-        )
+        raise FormatError(f"{folder}: {reason}; remove this step's folder, and the one before it serves")
 
 
 def set_damaged_aside(run_dir: Path) -> list[str]:

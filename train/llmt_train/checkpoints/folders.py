@@ -1,8 +1,8 @@
 """Folders `checkpoints/step-00000200/`: which are whole, which is newest or best, which go, and what lies in one.
 
-A checkpoint has weights and optimizer state (``tensors/``, see `sharded`), the trainer's counts (trainer.pt: plain data
-that loads with ``weights_only=True``), the resolved config, the model's config.json, the environment it was made in, and
-``state.json``, which is written last and lists the sizes and checksums of the others.
+A checkpoint has weights and optimizer state (``tensors/``, see `sharded`), the trainer's counts (trainer.pt: plain
+data that loads with ``weights_only=True``), the resolved config, the model's config.json, the environment it was made
+in, and ``state.json``, which is written last and lists the sizes and checksums of the others.
 """
 
 import json
@@ -175,8 +175,8 @@ def _check_format(folder: Path) -> None:
     if found != FORMAT:
         age = "an earlier" if found < FORMAT else "a later"
         raise FormatError(
-            f"{folder}: made by {age} version of llmt (format {found}; this one reads {FORMAT}); finish the run or export "
-            "it with that version, or start over with --force"
+            f"{folder}: made by {age} version of llmt (format {found}; this one reads {FORMAT}); finish the run or "
+            "export it with that version, or start over with --force"
         )
 
 

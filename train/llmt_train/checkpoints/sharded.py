@@ -1,36 +1,31 @@
 """Tensors on disk as torch's distributed checkpoints: written by every rank, read on any other layout.
 
-Every rank writes the parts of tensors that it holds; of parts that several ranks hold, one. A folder has torch's own
-``.metadata``, which is a pickle and is there for torch's tools alone: we read index.json, which says the same, and parts
-are loaded with ``weights_only=True``. So nothing that is read can run code.
+Every rank writes the parts of tensors that it holds; of parts that several ranks hold, one of them. A folder has
+torch's own ``.metadata``, which is a pickle and is there for torch's tools alone: we read index.json, which says the
+same, and parts are loaded with ``weights_only=True``. So nothing that is read can run code.
 """
 
 import json
 import math
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
-from torch.distributed.checkpoint import (
-    DefaultLoadPlanner,
-    DefaultSavePlanner,
-    FileSystemReader,
-    FileSystemWriter,
-    LoadPlan,
-    Metadata,
-    SavePlan,
-    WriteItem,
-)
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
+    Metadata,
     MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from llmt_shared.errors import FormatError
@@ -91,7 +86,7 @@ def write(folder: Path, tensors: Mapping[str, Tensor]) -> list[Path]:
 
 
 class Writing:
-    """Tensors on their way to the disk: who writes which part is settled, and they can be copied to be written later."""
+    """Tensors on their way to the disk: who writes which part is settled; they can be copied to be written later."""
 
     def __init__(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
         """Settle who writes what, all ranks together; nothing is written yet."""
@@ -150,7 +145,7 @@ class _SavePlanner(DefaultSavePlanner):
     _held: dict[MetadataIndex, Tensor] | None = None
 
     def hold(self, plan: SavePlan) -> None:
-        resolve = super().resolve_data
+        resolve: Callable[[WriteItem], Any] = super().resolve_data
         self._held = {item.index: resolve(item).detach().to("cpu", copy=True) for item in plan.items}
         self.state_dict = {}
 
@@ -158,7 +153,7 @@ class _SavePlanner(DefaultSavePlanner):
         return super().resolve_data(write_item) if self._held is None else self._held[write_item.index]
 
 
-def _described(name: str, stored: TensorStorageMetadata, places: Mapping[MetadataIndex, Any]) -> dict[str, Any]:
+def _described(name: str, stored: Any, places: Mapping[MetadataIndex, Any]) -> dict[str, Any]:
     """An entry of index.json."""
     parts = []
     for chunk in stored.chunks:
@@ -258,7 +253,8 @@ class _Place(NamedTuple):
 
 
 def _metadata_of(tensors: Mapping[str, Stored]) -> Metadata:
-    described, places = {}, {}
+    described: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    places: dict[MetadataIndex, _Place] = {}
     for name, stored in tensors.items():
         chunks = [ChunkStorageMetadata(torch.Size(part.offsets), torch.Size(part.sizes)) for part in stored.parts]
         properties = TensorProperties(dtype=stored.torch_dtype)

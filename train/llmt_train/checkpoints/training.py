@@ -1,7 +1,7 @@
 """What training needs to go on: a model's tensors, its optimizers' state, and the trainer's counts.
 
-Tensors are called ``model.<parameter>`` and ``optimizer.<parameter>.<state>``, the same on every layout, and tied weights
-are one tensor. All else is plain data in one small file, written by the first rank and read by all.
+Tensors are called ``model.<parameter>`` and ``optimizer.<parameter>.<state>``, the same on every layout, and tied
+weights are one tensor. All else is plain data in one small file, written by the first rank and read by all.
 """
 
 import copy
@@ -86,9 +86,8 @@ def load_training(folder: Path, model: nn.Module, optimizers: Sequence[Optimizer
         FormatError: the checkpoint is damaged, or of another model or optimizer; raised on all ranks.
     """
     plain = agreed(lambda: read_plain(folder / TRAINER))
-    agreed(
-        lambda: restore(model, optimizers, folder / TENSORS, plain.pop("optimizers", []), trained_alone=trained_alone)
-    )
+    states = plain.pop("optimizers", [])
+    agreed(lambda: restore(model, optimizers, folder / TENSORS, states, trained_alone=trained_alone))
     return plain | {"state_dict": _model_tensors(model, trained_alone), "optimizer_states": []}
 
 
@@ -243,26 +242,24 @@ def _whole(tensor: Tensor) -> Tensor:
 def _prepare(
     folder: Path, optimizer: Optimizer, saved: Plain, names: Mapping[nn.Parameter, str], index: Index
 ) -> dict[str, Tensor]:
-    """Give an optimizer the groups and the empty state that a checkpoint has; return the state's tensors by name."""
-    wanted: dict[str, Tensor] = {}
+    """Give an optimizer the groups that a checkpoint has and empty states; return these tensors by name."""
     now = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
-    before = [group["params"] for group in saved["groups"]]
-    if now != before:
+    if now != [group["params"] for group in saved["groups"]]:
         raise FormatError(f"{folder}: the optimizer's groups are of other parameters than the run's")
+    wanted: dict[str, Tensor] = {}
     for group, saved_group in zip(optimizer.param_groups, saved["groups"], strict=True):
         group.update({key: value for key, value in saved_group.items() if key not in _OF_THE_MACHINE})
-        on_device = group.get("fused") or group.get("capturable")
+        counts_on_device = bool(group.get("fused") or group.get("capturable"))
         for parameter in group["params"]:
             name = names[parameter]
-            if name not in saved["tensors"]:
-                continue
-            keys = {key: f"{_OPTIMIZER}{name}.{key}" for key in saved["tensors"][name]}
-            missing = [full for full in keys.values() if full not in index.tensors]
+            full = {key: f"{_OPTIMIZER}{name}.{key}" for key in saved["tensors"].get(name, ())}
+            missing = sorted(set(full.values()) - index.tensors.keys())
             if missing:
                 raise FormatError(f"{folder}: holds no {missing[0]}")
-            state = {key: _empty(parameter, index.tensors[full], on_device) for key, full in keys.items()}
-            optimizer.state[parameter] = state | saved["numbers"][name]
-            wanted |= {keys[key]: tensor for key, tensor in state.items()}
+            state = {key: _empty(parameter, index.tensors[full[key]], counts_on_device) for key in full}
+            wanted |= {full[key]: tensor for key, tensor in state.items()}
+            if name in saved["tensors"]:
+                optimizer.state[parameter] = state | saved["numbers"][name]
     return wanted
 
 

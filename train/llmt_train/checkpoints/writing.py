@@ -1,4 +1,4 @@
-"""How a checkpoint comes to be: under a temporary name, put on the disk and renamed, so a kill leaves the one before it.
+"""How a checkpoint is made: under a temporary name, put on the disk and renamed, so a kill leaves the one before it.
 
 All ranks write into one folder; the first one makes, describes, renames and removes.
 """

@@ -1,7 +1,7 @@
 """What all ranks do as one: an error of any of them is raised on all, so that none waits for one that has given up.
 
-Without a process group a process is alone, and all of this is a plain call. What is exchanged goes over gloo, in a group
-of its own: a thread may use it while the training exchanges gradients.
+Without a process group a process is alone, and all of this is a plain call. What is exchanged goes over gloo, in a
+group of its own: a thread may use it while the training exchanges gradients.
 """
 
 import socket
