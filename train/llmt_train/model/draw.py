@@ -40,6 +40,22 @@ def draw(skeleton: Any, seed: int, take: Take) -> None:
 
 
 @torch.no_grad()
+def draw_whole(build: Callable[[], Any], seed: int, take: Take) -> None:
+    """Draw a model as transformers builds it, whole in memory: for those that `draw` cannot draw.
+
+    Args:
+        build: returns the model with weights drawn from torch's own generator.
+        seed: as `draw`.
+        take: as `draw`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build()
+    for name, tensor in _tensors(model, recurse=True):
+        take(name, tensor)
+
+
+@torch.no_grad()
 def set_buffers(skeleton: Any, take: Take) -> None:
     """Set a model's buffers, as far as they follow from its config, on the CPU.
 

@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from llmt_shared.errors import ConfigError
-from llmt_train.model.draw import draw, set_buffers
+from llmt_shared.progress import say
+from llmt_train.model.draw import Take, draw, draw_whole, set_buffers
 from llmt_train.model.skeleton import load_skeleton
 from llmt_train.model.weights import Box, Stored, open_weights
 
@@ -54,7 +55,8 @@ def fill(
         ConfigError: the weights on disk are not those of the model, or cannot be read; transformers has no rule by
             which a part of the model could begin.
     """
-    skeleton = load_skeleton(spec, dtype=model.get_input_embeddings().weight.dtype)
+    build = partial(load_skeleton, spec, dtype=model.get_input_embeddings().weight.dtype)
+    skeleton = build()
     targets = _targets(model, skeleton, where, num_rows)
     take = partial(_take, targets, skeleton.all_tied_weights_keys)
     if isinstance(spec, str):
@@ -62,7 +64,7 @@ def fill(
         set_buffers(skeleton, take)
         _read(targets, stored, skeleton, f"model: {spec}: ")
     else:
-        draw(skeleton, seed, take)
+        _draw(skeleton, build, seed, take)
     left = [name for name, parts in targets.items() if not all(part.is_written for part in parts)]
     if left:
         raise ConfigError(f"model: {model.config.model_type}: transformers does not say how {left[0]} begins")
@@ -166,6 +168,14 @@ def _targets(model: Any, skeleton: Any, where: Where, num_rows: int | None) -> d
             part = _Part(tensor, rows, num_rows if id(tensor) in grown else None)
             targets.setdefault(skeleton.all_tied_weights_keys.get(stored, stored), []).append(part)
     return targets
+
+
+def _draw(skeleton: Any, build: Callable[..., Any], seed: int, take: Take) -> None:
+    try:
+        draw(skeleton, seed, take)
+    except ValueError as error:
+        say(f"note: {error}; every process draws the whole model in its host's memory")
+        draw_whole(partial(build, device="cpu"), seed, take)
 
 
 def _take(targets: Mapping[str, list[_Part]], tied: Mapping[str, str], name: str, tensor: Tensor) -> None:

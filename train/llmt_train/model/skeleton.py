@@ -31,14 +31,21 @@ LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, Safe
 """What transformers raises where a model cannot be loaded."""
 
 
-def load_skeleton(spec: str | Mapping[str, Any], *, dtype: torch.dtype = torch.float32) -> Any:
+def load_skeleton(
+    spec: str | Mapping[str, Any], *, dtype: torch.dtype = torch.float32, device: str = "meta"
+) -> Any:
     """Return the model that `load_model` would return, as far as its config says: without weights, on the meta device.
+
+    Args:
+        spec: see `load_model`.
+        dtype: see `load_model`.
+        device: where it is built; on any but the meta device transformers draws weights, from torch's own generator.
 
     Raises:
         ConfigError: as `load_model`, but for what only the weights tell.
     """
     register()
-    with torch.device("meta"):
+    with torch.device(device):
         if isinstance(spec, str):
             model = _build(_read_config(spec), dtype, f"model: {spec}: ")
             _read_generation(model, spec)
