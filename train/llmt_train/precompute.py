@@ -22,12 +22,11 @@ from llmt_train.data.rows import AnySplit
 from llmt_train.data.stream import Prefetched, read_ahead, read_batch
 from llmt_train.lock import locked
 from llmt_train.parallel.process import join
-from llmt_train.policy import Logps, device, frozen_reference, open_model
+from llmt_train.policy import Logps, device, open_reference
 from llmt_train.quiet import quiet_transformers
 from llmt_train.reference import (
     IDENTITY,
     Identity,
-    fingerprint,
     overlay_path,
     read_identity,
     sha256_of,
@@ -72,13 +71,12 @@ def precompute(config: RunConfig, *, force: bool = False) -> PrecomputeResult:
     with ExitStack() as stack:
         stack.enter_context(quiet_transformers())
         stop = stack.enter_context(StopRequest())
-        model = open_model(config, dataset)
-        wanted = identity(config, dataset, fingerprint(model))
+        logps, weights = open_reference(config, dataset, mesh)
+        wanted = identity(config, dataset, weights)
         folder = overlay_path(dataset.path, wanted.weights)
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locked(folder, "wait for it"))
         _begin(folder, wanted, force)
-        logps = frozen_reference(model, config, mesh)
         computing = partial(_compute, logps=logps, micro_rows=plan.micro_rows, stop=stop)
         splits, entries = splits_of(dataset), dataset.manifest.splits
         computed = sum(

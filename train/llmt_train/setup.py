@@ -30,16 +30,14 @@ from llmt_train.policy import (
     adapterless_reference,
     device,
     dtype_of,
-    frozen_reference,
     model_name,
-    needs_first_weights,
-    open_model,
     open_policy,
+    open_reference,
     spec_of,
     split_of,
     uses_bf16,
 )
-from llmt_train.reference import Identity, fingerprint, open_overlay
+from llmt_train.reference import Identity, open_overlay
 from llmt_train.schedule import check_schedule
 from llmt_train.tasks import KINDS, Task, build_task
 
@@ -82,15 +80,12 @@ def set_up(config: RunConfig) -> Setup:
     """
     mesh = join(config.parallel)
     dataset, plan = open_data(config, mesh.layout)
-    model = open_model(config, dataset)
-    base = fingerprint(model) if needs_first_weights(config) else None
-    head = open_policy(model, config, mesh)
+    model, base, head = open_policy(config, dataset, mesh)
     reference = None
     if config.task == "dpo" and config.dpo.reference == "model":
+        has_adapters = config.lora is not None
         reference = (
-            adapterless_reference(model, head, config)
-            if config.lora is not None
-            else frozen_reference(open_model(config, dataset), config, mesh)
+            adapterless_reference(model, head, config) if has_adapters else open_reference(config, dataset, mesh)[0]
         )
     task, pairing = open_task(config, dataset, base, reference)
     choose_execution(model, config)

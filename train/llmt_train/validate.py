@@ -23,13 +23,11 @@ from llmt_train.policy import (
     Logps,
     adapterless_reference,
     device,
-    frozen_reference,
     lay_out,
     model_name,
-    open_model,
+    open_reference,
 )
 from llmt_train.quiet import quiet_transformers
-from llmt_train.reference import fingerprint
 from llmt_train.setup import Setup, check_fits, check_tokenizer, open_rows, open_task, splits_of
 from llmt_train.tasks import Task
 from llmt_train.trained import load_checkpoint_model
@@ -149,12 +147,10 @@ def _open_task(
             f"{checkpoint}: its reference was drawn for the vocabulary of the run's own dataset; wanted that one, or "
             "`dpo.reference=none`"
         )
-    begun = open_model(config, dataset)
-    weights = fingerprint(begun)
+    live, weights = open_reference(config, dataset, mesh)
     if state.base not in (None, weights):
         raise ConfigError(
             f"{checkpoint}: its reference had other weights than {model_name(config)} has now, or another precision; "
             "wanted those that the run began with, or `dpo.reference=none`"
         )
-    live = frozen_reference(begun, config, mesh) if reference == "model" else None
-    return open_task(config, dataset, weights, live)
+    return open_task(config, dataset, weights, live if reference == "model" else None)

@@ -144,7 +144,9 @@ def adapt_skeleton(found: Preflight, config: RunConfig, machine: Machine) -> Non
     assert skeleton is not None  # the caller looked
     if train.liger:
         found.attempt(partial(check_liger, machine.device_type))
-    found.attempt(partial(choose_trained, skeleton, train.model_copy(update={"liger": False}), config.lora))
+    found.attempt(
+        partial(choose_trained, skeleton, train.model_copy(update={"liger": False}), config.lora, machine.device_type)
+    )
     if train.compile:
         found.attempt(partial(layers_of, skeleton, "train.compile"))
     found.attempt(partial(recompute, skeleton, train.checkpointing))
