@@ -44,7 +44,7 @@ def _noise(batch: PackedBatch, embedded_1nH: Tensor, alpha: float, seed: int) ->
     """Of the n tokens that this rank's embedding returns: fewer than all where ranks share them."""
     num_tokens, size = embedded_1nH.shape[1:]
     device, dtype = embedded_1nH.device, torch.promote_types(embedded_1nH.dtype, torch.float32)
-    first = batch.split.first(num_tokens)
+    first = batch.split.part * num_tokens
     uniform_nH = _uniform(batch, range(first, first + num_tokens), size, seed, device)
     pieces = batch.segment_ids_flat.long()
     if batch.split.sp:

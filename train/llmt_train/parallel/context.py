@@ -34,10 +34,10 @@ class TokenSplit(NamedTuple):
         """Ranks that the tokens must divide by."""
         return self.cp.size * (self.tp.size if self.sp else 1)
 
-    def first(self, num_tokens: int) -> int:
-        """Where the tokens that this rank holds between layers begin; each rank has ``num_tokens`` of them."""
-        place = self.cp.rank * self.tp.size + self.tp.rank if self.sp else self.cp.rank
-        return place * num_tokens
+    @property
+    def part(self) -> int:
+        """Which part of the tokens this rank has between layers. Ranks with the same part must draw the same dropout."""
+        return self.cp.rank * self.tp.size + self.tp.rank if self.sp else self.cp.rank
 
 
 WHOLE = TokenSplit()
