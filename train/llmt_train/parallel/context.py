@@ -36,7 +36,7 @@ class TokenSplit(NamedTuple):
 
     @property
     def part(self) -> int:
-        """Which part of the tokens this rank has between layers. Ranks with the same part must draw the same dropout."""
+        """Which part of the tokens this rank has between layers; ranks with the same part must draw alike."""
         return self.cp.rank * self.tp.size + self.tp.rank if self.sp else self.cp.rank
 
 
