@@ -27,7 +27,7 @@ def draw(skeleton: Any, seed: int, take: Take) -> None:
         ValueError: transformers has no rule for a parameter, or none that works on a part of the model.
     """
     tied = skeleton.all_tied_weights_keys
-    with torch.random.fork_rng(devices=[]), guard_torch_init_functions():
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]), guard_torch_init_functions():
         torch.manual_seed(seed)
         for prefix, unit, owner, is_whole in _units(skeleton):
             _materialise(unit, prefix, tied, recurse=is_whole)
@@ -65,15 +65,16 @@ def set_buffers(skeleton: Any, take: Take) -> None:
     """
     for parameter in skeleton.parameters():
         parameter._is_hf_initialized = True  # transformers' rules leave it alone then
-    with torch.random.fork_rng(devices=[]), guard_torch_init_functions():
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]), guard_torch_init_functions():
         for prefix, module, owner in _with_owners(skeleton):
-            buffers = {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
-            for name, buffer in buffers.items():
-                module._buffers[name] = _unset(torch.empty_like(buffer, device="cpu"))
-            if buffers:
+            found = {
+                name: torch.empty_like(buffer, device="cpu") for name, buffer in module.named_buffers(recurse=False)
+            }
+            module._buffers.update({name: _unset(buffer) for name, buffer in found.items()})
+            if found:
                 owner._init_weights(module)
-            for name in buffers:
-                take(f"{prefix}{name}", module._buffers[name])
+            for name, buffer in found.items():
+                take(f"{prefix}{name}", buffer)
 
 
 def _with_owners(module: nn.Module, prefix: str = "", owner: Any = None) -> Iterator[tuple[str, nn.Module, Any]]:
@@ -108,7 +109,7 @@ def _materialise(unit: nn.Module, prefix: str, tied: Mapping[str, str], *, recur
     for name, tensor in _tensors(unit, recurse):
         _unset(tensor)
         if f"{prefix}{name}" in tied:
-            tensor._is_hf_initialized = True  # drawn under its other name
+            tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # drawn under its other name
 
 
 def _unset(tensor: Tensor) -> Tensor:

@@ -127,10 +127,10 @@ def _blocks(parameter: Tensor) -> Iterator[Tensor]:
     """A parameter on the CPU, a few whole columns at a time; of a vector, all."""
     local = local_part(parameter)
     if isinstance(parameter, DTensor) and parameter.ndim == 2 and local.shape[1] == parameter.shape[1]:
-        yield from (_gather(parameter, columns).cpu() for columns in local.split(_COLUMNS, 1))
+        yield from (_gather(parameter, columns).cpu() for columns in torch.split(local, _COLUMNS, 1))
         return
     whole = (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).cpu()
-    yield from whole.split(_COLUMNS, 1) if whole.ndim == 2 else (whole,)
+    yield from torch.split(whole, _COLUMNS, 1) if whole.ndim == 2 else (whole,)
 
 
 def _gather(parameter: DTensor, columns: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def vocab_size(spec: str | Mapping[str, Any]) -> int:
     try:
         config = AutoConfig.from_pretrained(str(Path(spec).expanduser()), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"model: {spec}: its config.json cannot be read: {first_line(error)}") from error
+        raise ConfigError(f"model: {spec}: its config.json cannot be read: {_first_line(error)}") from error
     return int(config.get_text_config().vocab_size)
 
 
@@ -90,8 +90,8 @@ def _read_config(name: str) -> PreTrainedConfig:
         raise ConfigError(cannot_load(name, is_folder, FileNotFoundError("it holds no *.safetensors")))
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
-        error = ValueError(f"its weights are quantized ({_method(quantization)}), and such cannot be trained")
-        raise ConfigError(cannot_load(name, is_folder, error))
+        refusal = ValueError(f"its weights are quantized ({_method(quantization)}), and such cannot be trained")
+        raise ConfigError(cannot_load(name, is_folder, refusal))
     return config
 
 
@@ -101,9 +101,10 @@ def _method(quantization: Any) -> str:
 
 
 def cannot_load(name: str, is_folder: bool, error: Exception) -> str:
+    """Return what is said of a model for which transformers raised ``error``."""
     where = "in this folder" if is_folder else "from the hub (nor is there such a folder)"
     return (
-        f"model: {name}: cannot be loaded {where}: {first_line(error)}; wanted a causal language model with its "
+        f"model: {name}: cannot be loaded {where}: {_first_line(error)}; wanted a causal language model with its "
         "weights in *.safetensors and no code of its own"
     )
 
@@ -132,7 +133,7 @@ def _build(config: PreTrainedConfig, dtype: torch.dtype, place: str) -> Any:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # model classes check little themselves: whatever they raise, the config made it so
-        raise ConfigError(f"{place}{config.model_type} cannot be built: {first_line(error)}") from error
+        raise ConfigError(f"{place}{config.model_type} cannot be built: {_first_line(error)}") from error
 
 
 def _config(keys: dict[str, Any]) -> PreTrainedConfig:
@@ -181,7 +182,7 @@ def _nearest(word: str, known: list[str]) -> str:
     return f", did you mean {near[0]!r}?" if near else ""
 
 
-def first_line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     if isinstance(error, KeyError) and error.args == (NAME,):  # a table of attention classes, as falcon has
         return "its attention is its own and takes no other, so packed documents could not be kept apart"
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -78,7 +78,7 @@ def _open(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"it holds neither {_WHOLE} nor {_INDEX}")
     names = [_WHOLE] if (folder / _WHOLE).is_file() else _parts(folder)
     files = [safe_open(folder / name, framework="pt") for name in names]
-    return {key: file for file in files for key in file.keys()}  # noqa: SIM118 (not a dict)
+    return {key: file for file in files for key in file.keys()}  # type: ignore[no-untyped-call]  # noqa: SIM118
 
 
 @dataclass
@@ -112,7 +112,7 @@ def _named(files: Mapping[str, Any], skeleton: Any) -> dict[str, Stored]:
             name, pattern = rename(key, [], [])
         if name in state and pattern is None:
             found[name] = _slice_of(files[key], key)
-        elif name in state:
+        elif name in state and pattern is not None:
             group = pieces.setdefault(name, _Pieces(name, by_pattern[pattern]))
             group.keys.append((key, pattern))
     return found | _made(pieces, files, skeleton, state)
