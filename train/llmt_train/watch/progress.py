@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from llmt_shared.progress import keep, say
+from llmt_shared.progress import is_silent, keep, say
 
 _SECONDS_BETWEEN_LINES = 5.0
 _MEASURES = ("accuracy", "margin", "log_odds")
@@ -33,7 +33,7 @@ class Reporter:
         self._started = time.monotonic()
         self._last_line = float("-inf")
         console = Console(file=sys.stderr, highlight=False, emoji=False, soft_wrap=True)
-        self._bar = _start_bar(console, total_steps, first_step) if console.is_terminal else None
+        self._bar = _start_bar(console, total_steps, first_step) if console.is_terminal and not is_silent() else None
 
     def step(self, record: Mapping[str, Any]) -> None:
         """Show one step's metrics: the line of metrics.jsonl."""
