@@ -1,4 +1,4 @@
-"""A command whose workers add up numbers for ever, one of which comes to grief: `python toy_run.py HOW TIMEOUT`."""
+"""A command whose workers add up numbers; one comes to grief: `python toy_run.py HOW TIMEOUT [RANK]`."""
 
 import os
 import signal
@@ -43,7 +43,7 @@ def work(how: str, process: Process, stop: StopRequest) -> None:
     warnings.warn("alike", stacklevel=1)
     total = torch.zeros(1)
     for step in range(1, LAST_STEP):
-        if process.rank == 1 and step == 4:
+        if process.rank == int((sys.argv[3:] or ["1"])[0]) and step == 4:
             come_to_grief(how)
         if how == "config" and step == 4:
             raise ConfigError("a mistake of all")

@@ -1,7 +1,7 @@
 """What Lightning asks about the processes, answered from the process group that is there."""
 
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import ClusterEnvironment
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 
 
 class JoinedGroup(ClusterEnvironment):

@@ -28,6 +28,7 @@ import torch
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from llmt_shared.errors import ConfigError, Stopped
+from llmt_shared.progress import say
 from llmt_train.config import ParallelConfig
 from llmt_train.parallel.board import Board, Ending, board_of
 from llmt_train.parallel.failures import Fate, verdict
@@ -103,6 +104,8 @@ class Worker:
     process: subprocess.Popen[bytes]
     last_lines: deque[str] = field(default_factory=lambda: deque(maxlen=_LAST_LINES))
     """Of its stderr; none of rank 0, whose stderr is ours."""
+    relay: threading.Thread | None = None
+    """Reads its stderr."""
     is_given_up: bool = False
     """Whether we killed it."""
 
@@ -160,7 +163,8 @@ def _start(command: Sequence[str], rank: int, number: int, port: int, shown: set
     )
     worker = Worker(rank, process)
     if rank > 0:
-        threading.Thread(target=_relay, args=(worker, shown), daemon=True).start()
+        worker.relay = threading.Thread(target=_relay, args=(worker, shown), daemon=True)
+        worker.relay.start()
     return worker
 
 
@@ -188,15 +192,14 @@ def _environment(rank: int, number: int, port: int) -> dict[str, str]:
 def _relay(worker: Worker, shown: set[str]) -> None:
     """Show what a worker writes to stderr, but not what others have written alike."""
     assert worker.process.stderr is not None
-    for raw in worker.process.stderr:
-        line = raw.decode(errors="backslashreplace").rstrip()
-        worker.last_lines.append(line)
-        kind = re.sub(r"0x[0-9a-f]+|\d+", "#", line)
-        if line and kind not in shown:
-            shown.add(kind)
-            with contextlib.suppress(OSError):
-                sys.stderr.write(f"rank {worker.rank}: {line}\n")
-                sys.stderr.flush()
+    with worker.process.stderr as lines:
+        for raw in lines:
+            line = raw.decode(errors="backslashreplace").rstrip()
+            worker.last_lines.append(line)
+            kind = re.sub(r"0x[0-9a-f]+|\d+", "#", line)
+            if line and kind not in shown:
+                shown.add(kind)
+                say(f"rank {worker.rank}: {line}")
 
 
 @contextmanager
@@ -219,6 +222,8 @@ def _handing_on_signals() -> Iterator[tuple[list[Worker], list[int]]]:
             signal.signal(number, handler)
         for worker in workers:
             worker.process.kill()
+            if worker.relay is not None:
+                worker.relay.join(1)  # a child of the worker's may keep its stderr open
 
 
 def _watch(workers: list[Worker], timeout: float, grace: float) -> None:

@@ -85,12 +85,13 @@ def told_once_a_machine() -> Iterator[None]:
 
 
 def end_at_once(error: BaseException) -> None:
-    """End the process if it left a group open, as its last act.
+    """End a worker that left its group open, as its last act.
 
     Ending in order would wait for ranks that do not answer, or abort with a signal and so with another exit code.
     """
     distributed = sys.modules.get("torch.distributed")
-    if distributed is None or not distributed.is_initialized():
+    is_worker = "RANK" in os.environ or "SLURM_PROCID" in os.environ
+    if not is_worker or distributed is None or not distributed.is_initialized():
         return
     if isinstance(error, SystemExit):
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
