@@ -54,7 +54,7 @@ def configs(packed: dict[str, Path], folder: Path, parallel: dict[str, Any]) -> 
             "parallel": parallel,
             "batch": {"tokens": 1200, "micro_rows": 2},
             **task,
-        }  # fmt: skip
+        }
         for family in FAMILIES.values()
         for task in TASKS.values()
     ]
