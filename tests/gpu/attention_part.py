@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from gpu.device_part import device_of
 from gpu.exact import compare
-from gpu.record import Absent, Report, require
+from gpu.record import AbsentError, Report, require
 from gpu.timing import median_ms, peak_mb
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -104,7 +104,7 @@ def _try_backend(report: Report, backend: str, device: str, sizes: Sizes) -> Non
     for head_dim in (64, 128):
         for median in (512, None):
             with report.case(f"{backend} {head_dim} {'one document' if median is None else 'documents'}") as values:
-                values |= _speed(backend, Case("", 8, head_dim, heads=32), median, device, sizes)
+                values.update(_speed(backend, Case("", 8, head_dim, heads=32), median, device, sizes))
     if backend in _COMPILED:
         with report.case(f"{backend} other segments, same code"):
             _check_same_code(backend, device, sizes)
@@ -227,7 +227,7 @@ def _check_deterministic(backend: str, device: str, sizes: Sizes) -> None:
         case = Case("", 2, 64)
         reason = refusal(backend, case.call(torch.bfloat16, deterministic=True), machine_of(torch.device(device)))
         if reason is not None:
-            raise Absent(reason)
+            raise AbsentError(reason)
         segments = Segments.from_lengths(_document_lengths(sizes.tokens, 512), device)
         inputs, upstream = _inputs(case, segments, torch.bfloat16, device)
         first, *others = (

@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
-from gpu.record import Absent, Report, require
+from gpu.record import AbsentError, Report, require
 from gpu.timing import median_ms, wait
 
 from llmt_train.attention import BACKENDS, OPTIONAL_MODULES, Call, machine_of, refusal
@@ -33,26 +33,26 @@ def device_of(profile: str) -> str:
     """Return where a profile runs.
 
     Raises:
-        Absent: it needs a CUDA device, and there is none.
+        AbsentError: it needs a CUDA device, and there is none.
     """
     if profile == "dry":
         return "cpu"
     if not torch.cuda.is_available():
-        raise Absent("no CUDA device")
+        raise AbsentError("no CUDA device")
     return "cuda"
 
 
 def run(report: Report, profile: str) -> None:
     """Describe and measure."""
     with report.case("versions") as values:
-        values |= _versions()
+        values.update(_versions())
     with report.case("device") as values:
-        values |= _device(device_of(profile))
+        values.update(_device(device_of(profile)))
     for name in BACKENDS:
         with report.case(f"attention {name}"):
             reason = refusal(name, Call(torch.bfloat16, 64, 64), machine_of(torch.device(device_of(profile))))
             if reason is not None:
-                raise Absent(f"{name} {reason}")
+                raise AbsentError(f"{name} {reason}")
     with report.case("matrix product, bf16") as values:
         values["TFLOP/s"] = _product(SIZES[profile].matrix, device_of(profile))
     with report.case("copy") as values:

@@ -43,22 +43,38 @@ def compare(found: Sequence[Tensor], plain: Sequence[Tensor], truth: Sequence[Te
         found: what is judged: outputs and gradients.
         plain: the same by plain maths in the same format.
         truth: the same in fp64.
-        values: gets the largest error, and the largest one as a multiple of plain maths' own.
+        values: gets the measure, too.
 
     Raises:
-        Wrong: one is, or is not finite.
+        WrongError: one is, or is not finite.
     """
-    dtype = found[0].dtype
+    multiples = measure(found, plain, truth, values)
+    # `not <=` also refuses NaN.
+    require(
+        all(bool(x.isfinite().all()) for x in found) and not any(not x <= FACTOR for x in multiples),
+        f"errors as multiples of plain maths' own: {[round(x, 2) for x in multiples]}; allowed {FACTOR}",
+    )
+
+
+def measure(
+    found: Sequence[Tensor], plain: Sequence[Tensor], truth: Sequence[Tensor], values: dict[str, Any]
+) -> list[float]:
+    """Return each tensor's error as a multiple of plain maths' own.
+
+    Args:
+        found: see `compare`.
+        plain: see `compare`.
+        truth: see `compare`.
+        values: gets the largest error, and the largest of the multiples.
+    """
     errors = [error_of(x, exact) for x, exact in zip(found, truth, strict=True)]
     usual = [error_of(x, exact) for x, exact in zip(plain, truth, strict=True)]
     # Where plain maths happens to round nothing (a segment of one token), a last bit is allowed.
-    floors = [Error(torch.finfo(dtype).eps / 4, torch.finfo(dtype).eps)] * len(errors)
+    floors = [Error(torch.finfo(x.dtype).eps / 4, torch.finfo(x.dtype).eps) for x in found]
     multiples = [
         max(own / max(other, floor) for own, other, floor in zip(*of_one, strict=True))
         for of_one in zip(errors, usual, floors, strict=True)
     ]
     values["error"] = max(error.norm for error in errors)
     values["of plain"] = max(multiples)
-    finite = all(bool(x.isfinite().all()) for x in found)
-    require(finite, "not finite")
-    require(max(multiples) <= FACTOR, f"errors as multiples of plain maths' own: {[round(x, 2) for x in multiples]}")
+    return multiples

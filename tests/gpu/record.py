@@ -16,11 +16,11 @@ from typing import Any
 OK, FAILED, ABSENT = "ok", "FAILED", "absent"
 
 
-class Absent(Exception):
+class AbsentError(Exception):
     """What a case needs is not on this machine; the message says what."""
 
 
-class Wrong(Exception):
+class WrongError(Exception):
     """A result is not what it must be."""
 
 
@@ -40,7 +40,7 @@ class Report:
         values: dict[str, Any] = {}
         try:
             yield values
-        except Absent as missing:
+        except AbsentError as missing:
             self._write(name, ABSENT, values, str(missing))
         except Exception as error:
             traceback.print_exc()
@@ -65,10 +65,10 @@ def require(holds: bool, message: str) -> None:
     """Fail the case unless something holds.
 
     Raises:
-        Wrong: it does not.
+        WrongError: it does not.
     """
     if not holds:
-        raise Wrong(message)
+        raise WrongError(message)
 
 
 def read_cases(path: Path) -> list[dict[str, Any]]:

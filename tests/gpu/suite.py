@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from gpu.record import Absent, Report
+from gpu.record import AbsentError, Report
 from gpu.runner import failed, run_parts
 from gpu.table import render
 
@@ -85,7 +85,7 @@ def run_part(name: str, profile: str, cases: Path) -> None:
     report = Report(cases)
     try:
         importlib.import_module(f"gpu.{name}_part").run(report, profile)
-    except Absent as missing:
+    except AbsentError as missing:
         report.absent(name, str(missing))
 
 
