@@ -42,8 +42,10 @@ def run_config(model: dict[str, Any], folder: str, length: int, step: int, micro
 
     rest = {
         "task": "pretrain", "model": {"from_config": model}, "output": folder,
-        "data": {"synthetic": {"length": length, "median": length / 8, "rows": 8 * step}},
+        # A quarter of the vocabulary: random tokens have that alone to teach.
+        "data": {"synthetic": {"length": length, "median": length / 8, "vocab_size": model["vocab_size"] // 4}},
         "batch": {"tokens": length * step, "micro_rows": micro_rows},
-        "optim": {"lr": 3e-4, "warmup": 2, "schedule": "constant"}, "precision": "bf16", "save": {"every": 10**6},
+        "optim": {"lr": 3e-4 if model["hidden_size"] > 64 else 1e-2, "schedule": "constant"},
+        "precision": "bf16", "save": {"every": 10**6},
     }  # fmt: skip
     return RunConfig.model_validate(rest | more)

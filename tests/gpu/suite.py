@@ -10,12 +10,12 @@ as passed. The exit code is 1 if any part failed.
 
     device     what this machine is, and its ceilings: a matrix product, a copy
     attention  every backend against fp64, forward and backward; isolation, determinism, time, memory
-    liger      loss and gradients with and without Liger's kernels, against fp64
-    head       llmt's head and others: gradients against fp64, time, memory
     train      real runs of `llmt_train.fit`: models like Llama 3 and Phi-3 of about 1e9 parameters
+    peers      the same documents by transformers with padding, and by a plain loop
+    liger      gradients with and without Liger's kernels, against fp64
+    head       llmt's head and others: gradients against fp64, time, memory
     policies   activation checkpointing: memory and speed
     compile    torch.compile and Liger on and off: speed
-    peers      the same documents by transformers with padding, and by a plain loop
 """
 
 import argparse
@@ -43,13 +43,13 @@ class Limits(NamedTuple):
 
 PARTS = {
     "device": Limits(40, 60),
-    "attention": Limits(150, 480),
-    "liger": Limits(40, 120),
-    "head": Limits(40, 120),
+    "attention": Limits(180, 480),
     "train": Limits(130, 300),
-    "policies": Limits(110, 240),
-    "compile": Limits(150, 300),
-    "peers": Limits(110, 240),
+    "peers": Limits(140, 300),
+    "liger": Limits(60, 120),
+    "head": Limits(60, 120),
+    "policies": Limits(130, 240),
+    "compile": Limits(200, 400),
 }
 """In the order in which they run."""
 
