@@ -78,7 +78,7 @@ class Sizes(NamedTuple):
 
 _FEW = ("gqa 64", "softcap, window", "sinks")
 SIZES = {
-    "dry": Sizes(16, ("gqa 64",), 256, 1),
+    "dry": Sizes(16, ("gqa 64",), 128, 1),
     "quick": Sizes(1, _FEW, 16384, 10),
     "full": Sizes(1, tuple(case.name for case in CASES), 16384, 20),
 }

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+import subprocess
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -73,9 +74,17 @@ def _device(device: str) -> dict[str, Any]:
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         found |= {"name": properties.name, "GB": properties.total_memory / 1e9, "CUDA": str(torch.version.cuda)}
-        found["capability"] = ".".join(map(str, machine.capability))
+        found |= {"capability": ".".join(map(str, machine.capability)), "driver": _driver()}
         require(torch.cuda.is_bf16_supported(including_emulation=False), "the device has no bf16")
     return found
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"not known: {error}"
 
 
 def _product(size: int, device: str) -> float:

@@ -14,6 +14,7 @@ from gpu.device_part import device_of
 from gpu.models import LLAMA_1B, LLAMA_HALF, PHI_1B, TINY_LLAMA, TINY_PHI, run_config
 from gpu.record import Report, require
 
+from llmt_train.config import RunConfig
 from llmt_train.fit import fit
 from llmt_train.watch.metrics import read_metrics
 
@@ -79,13 +80,18 @@ def try_run(report: Report, name: str, sizes: Sizes, model: dict[str, Any], **mo
             train = {"steps": sizes.steps} | more.pop("train", {})
             config = run_config(model, str(folder / "run"), sizes.length, sizes.step, sizes.micro, train=train, **more)
             begin = time.monotonic()
-            fit(config)
-            records += [record for record in read_metrics(folder / "run") if "loss" in record]
+            records += steps_of(config)
             values.update(speed_of(records[sizes.warmup :]))
             values["loss"] = f"{records[0]['loss']:.3f} -> {records[-1]['loss']:.3f}"
             values["whole s"] = time.monotonic() - begin
         check_losses([record["loss"] for record in records])
     return records
+
+
+def steps_of(config: RunConfig) -> list[Record]:
+    """Train; return what the run's metrics say of each step."""
+    fit(config)
+    return [record for record in read_metrics(config.output) if "loss" in record]
 
 
 def check_same_start(report: Report, runs: Mapping[str, Sequence[Record]], tolerance: float) -> None:

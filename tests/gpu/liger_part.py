@@ -69,9 +69,10 @@ def _spread_weights(model: Any) -> None:
 def _scores_and_gradients(model: Any, batch: PackedBatch, dtype: torch.dtype) -> Sequence[Tensor]:
     """Log-probability of every label, and all gradients of their sum; in bf16 with weights in fp32, as models train."""
     context = torch.autocast(batch.labels.device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
+    head = find_head(model)
     with context:
         # A backend that serves every format, so that none of it is Liger's doing.
-        logps = model_scores(model, find_head(model), batch, attention="sdpa").logps
+        logps = model_scores(model, head, batch, attention="sdpa").logps
     logps.sum().backward()
     return [logps.detach(), *(parameter.grad for parameter in model.parameters())]
 

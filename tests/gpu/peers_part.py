@@ -35,8 +35,6 @@ from llmt_train.setup import open_data
 Loss = Callable[[Any, Any], Tensor]
 """Of a model and a micro-batch, whose share of the step's mean it is."""
 
-_DOCUMENTS = 4
-"""Of a padded batch."""
 _SAME, _TOLERANCE = 4, 3e-3
 """Steps whose losses must be those of `fit`, and by how much they may differ, as a share."""
 
@@ -85,7 +83,11 @@ def _check_same_losses(found: Sequence[float], wanted: Sequence[float]) -> None:
 
 def _try_padded(report: Report, packed: Sequence[Step], config: RunConfig, sizes: Sizes, device: str) -> None:
     most = sizes.length * sizes.micro
-    for name, cut in {"padded": _in_order, "padded, by length": lambda texts: _by_length(texts, most)}.items():
+    cuts = {
+        "padded": lambda texts: _in_order(texts, sizes.micro),
+        "padded, by length": lambda texts: _by_length(texts, most),
+    }
+    for name, cut in cuts.items():
         with report.case(name) as values:
             steps = [_padded_step(step, cut) for step in packed]
             cells = sum(batch.input_ids.numel() for step in steps for batch in step.batches)
@@ -113,8 +115,9 @@ def _documents(batch: PackedBatch) -> Iterator[Tensor]:
     yield from (piece for piece, source in zip(pieces, batch.segment_source.tolist(), strict=True) if source >= 0)
 
 
-def _in_order(texts: list[Tensor]) -> list[list[Tensor]]:
-    return [texts[first : first + _DOCUMENTS] for first in range(0, len(texts), _DOCUMENTS)]
+def _in_order(texts: list[Tensor], count: int) -> list[list[Tensor]]:
+    """Groups of as many documents as a packed micro-batch has rows: when all are long they just fit, too."""
+    return [texts[first : first + count] for first in range(0, len(texts), count)]
 
 
 def _by_length(texts: list[Tensor], most: int) -> list[list[Tensor]]:

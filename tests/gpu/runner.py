@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -44,6 +45,7 @@ def run_parts(
             part |= {"status": FAILED, "seconds": 0.0, "reason": f"not run: the budget of {budget:g} s is spent"}
         else:
             _run(part, name, command, log, lambda: _write_json(out, found), left)
+        print(f"{name}: {part['status']}, {part['seconds']:g} s {part['reason']}", file=sys.stderr, flush=True)
         _write_json(out, found)
     return found
 
