@@ -48,7 +48,7 @@ class Sizes(NamedTuple):
 
 
 SIZES = {
-    "dry": Sizes(TINY_LLAMA, TINY_PHI, TINY_LLAMA, 64, 2, 1, 6, 2),
+    "dry": Sizes(TINY_LLAMA, TINY_PHI, TINY_LLAMA, 64, 4, 2, 6, 2),
     "quick": Sizes(LLAMA_1B, PHI_1B, LLAMA_HALF, 4096, 4, 2, 14, 4),
     "full": Sizes(LLAMA_1B, PHI_1B, LLAMA_HALF, 4096, 8, 2, 40, 8),
 }

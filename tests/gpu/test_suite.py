@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -188,3 +190,10 @@ def test_the_limits_are_those_that_are_promised():
     assert suite.BUDGETS.full <= 1800
     assert suite.BUDGETS.quick <= 480
     assert set(SIZES) == set(suite.Limits._fields)
+
+
+def test_the_script_says_what_it_does():
+    script = Path(__file__).parents[2] / "scripts" / "gpu_suite.sh"
+    environment = os.environ | {"PYTHON": sys.executable}
+    shown = subprocess.run(["bash", script, "--help"], env=environment, capture_output=True, text=True, check=True)
+    assert all(f"    {part}" in shown.stdout for part in suite.PARTS)
