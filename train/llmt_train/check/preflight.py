@@ -85,8 +85,11 @@ def check_attention(skeleton: Any, config: RunConfig, machine: Machine) -> list[
             f"{skeleton.config.model_type}: its layers never call packed attention, so documents of a row would see "
             f"each other; {WAY_OUT}"
         )
+    deterministic = config.train.deterministic
+    # Not yet, but by the time that the run attends: its trainer sees to it.
+    machine = machine._replace(deterministic_torch=machine.deterministic_torch or deterministic)
     for call in sorted(set(calls or ()), key=str):
-        choose(config.attention, call._replace(deterministic=config.train.deterministic), machine)
+        choose(config.attention, call._replace(deterministic=deterministic), machine)
     return calls
 
 
