@@ -77,6 +77,12 @@ def written(case: str, folder):
     return str(folder)
 
 
+def rewrite(folder, change) -> None:
+    """Change what lies on disk."""
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path, {"format": "pt"})
+
+
 @EACH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_a_folder_is_loaded_as_transformers_loads_it(case, dtype, tmp_path):
@@ -159,6 +165,14 @@ def test_experts_that_lie_one_by_one_are_merged(tmp_path):
     assert torch.equal(up[3, :96], keys["model.layers.0.block_sparse_moe.experts.3.w1.weight"])
 
 
+@pytest.mark.parametrize("lost", ["experts.3.", "experts.3.w1."])
+def test_experts_that_are_not_there_are_noticed(tmp_path, lost):
+    folder = written("mixtral", tmp_path)
+    rewrite(tmp_path, lambda state: {name: state[name] for name in state if f"1.block_sparse_moe.{lost}" not in name})
+    with pytest.raises(ConfigError, match=f"model: {tmp_path}: "):
+        load_model(folder)
+
+
 def test_weights_in_several_files_are_found(tmp_path):
     written("llama", tmp_path / "one")
     model = load_model(str(tmp_path / "one"))
@@ -174,11 +188,6 @@ def test_weights_of_the_base_model_alone_are_found_under_its_names(tmp_path):
     wanted.model.save_pretrained(tmp_path / "base")
     assert "embed_tokens.weight" in load_file(tmp_path / "base" / "model.safetensors")
     assert_same(load_model(str(tmp_path / "base")), wanted)
-
-
-def rewrite(folder, change) -> None:
-    path = folder / "model.safetensors"
-    save_file(change(load_file(path)), path, {"format": "pt"})
 
 
 def test_one_name_of_tied_weights_is_enough(tmp_path):

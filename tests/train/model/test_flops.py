@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from torch.utils.flop_counter import FlopCounterMode
 from train.tiny_models import CONFIGS, packed, tiny
 
