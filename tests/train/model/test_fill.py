@@ -25,6 +25,10 @@ _GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
+_DEEPSEEK = {
+    **_MOE, "num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
+}  # fmt: skip
 MODELS = {
     **{family: keys for family, keys in CONFIGS.items() if family not in ("llama4_text", "falcon")},  # refused
     "mixtral": {**_COMMON, "num_local_experts": 4},
@@ -33,6 +37,7 @@ MODELS = {
     "gpt_neox": {key: value for key, value in _COMMON.items() if key != "num_key_value_heads"},
     "gemma3_text": {**_COMMON, "head_dim": 16, "sliding_window": 8, "rope_parameters": _GEMMA3_ROPE},
     "qwen2": _COMMON,
+    "deepseek_v3": _DEEPSEEK,  # has a buffer that lies on disk, in fp32 always
 }
 KEYS = {
     **{family: (family, keys) for family, keys in MODELS.items()},
@@ -73,6 +78,8 @@ def written(case: str, folder):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.rand(parameter.shape, generator=generator))
+        for name in dict(model.named_buffers()).keys() & model.state_dict().keys():
+            model.get_buffer(name).add_(0.3)
     model.save_pretrained(folder)
     return str(folder)
 
