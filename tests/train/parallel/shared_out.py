@@ -74,9 +74,13 @@ def build(case: str) -> Any:
 
 
 def batch_of(index: int, vocabulary: int) -> PackedBatch:
-    """A micro-batch; some of its tokens are the padding id, whose embedding gets no gradient."""
+    """A micro-batch; some of its tokens are the padding id, whose embedding gets no gradient.
+
+    One is the first that the second of two ranks has the embedding of: where the padding id is on the first.
+    """
     batch = packed([_LENGTHS[index]], _LENGTH, seed=index)
     ids = batch.input_ids % vocabulary
+    ids[0, 2] = vocabulary // 2
     labels = batch.labels.where(batch.labels < 0, batch.labels % vocabulary)
     return batch._replace(input_ids=ids.where(ids % 7 != 0, 0), labels=labels)
 
