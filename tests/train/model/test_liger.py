@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from train.tiny_models import packed, tiny
+from train.tiny_models import CONFIGS, packed, tiny
 
 from llmt_shared.errors import ConfigError
 from llmt_train.model.liger import Kernels, use_liger
+from llmt_train.model.load import load_skeleton
 
 
 def rms_norm(hidden, weight, eps, offset, casting):
@@ -64,6 +65,19 @@ def test_norms_and_gated_mlps_are_exchanged_and_compute_the_same(family, dtype):
     assert set(calls) == {"norm", "gelu" if family == "gemma2" else "silu"}
 
 
+@pytest.mark.parametrize("family", MODULES)
+def test_a_model_without_weights_gets_the_same_kernels(family):
+    skeleton = load_skeleton({"from_config": {"model_type": family, **CONFIGS[family]}})
+    assert use_liger(skeleton, KERNELS) == MODULES[family]
+    whole = drawn(family)
+    use_liger(whole, KERNELS)
+    changed = [
+        [name for name, module in model.named_modules() if "forward" in module.__dict__] for model in (skeleton, whole)
+    ]
+    assert changed[0] == changed[1]
+    assert all(parameter.is_meta for parameter in skeleton.parameters())
+
+
 def test_other_models_of_the_process_keep_what_they_have():
     use_liger(tiny("llama"), KERNELS)
     calls.clear()
@@ -95,4 +109,4 @@ def test_a_model_without_such_modules_is_refused():
 
 def test_without_a_gpu_the_kernels_are_refused_with_the_reason():
     with pytest.raises(ConfigError, match=r"train.liger: needs a CUDA device, found cpu"):
-        use_liger(tiny("llama"))
+        use_liger(tiny("llama"), device="cpu")

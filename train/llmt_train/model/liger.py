@@ -5,9 +5,10 @@ models by their names. Here modules of this model alone get another `forward`, a
 input is what the kernel's formula says: so a family that is not known needs no entry, and one that computes something
 else keeps what it has.
 
-Right by its formulas, which are tested on a CPU; the kernels themselves have not been run on a GPU yet.
+The formulas are tested on a CPU, the kernels on a GPU by `scripts/gpu_suite.sh`.
 """
 
+import copy
 import importlib.util
 from collections.abc import Callable
 from functools import partial
@@ -50,7 +51,8 @@ def use_liger(model: Any, kernels: Kernels | None = None, *, device: str = "cuda
         ConfigError: no CUDA device or no `liger-kernel`; or nothing in the model is what they compute.
     """
     chosen = kernels or _of_liger(device)
-    changed = [_exchange(module, chosen) for module in model.modules()]
+    found: dict[str, Forward | None] = {}  # by what a module says of itself: layers are alike, and asking takes time
+    changed = [_exchange(module, chosen, found) for module in model.modules()]
     if not any(changed):
         raise ConfigError(
             f"train.liger: {model.config.model_type} has no norm or MLP that Liger's kernels compute; set it to false"
@@ -87,17 +89,43 @@ def liger_kernels() -> Kernels:
     return Kernels(rms_norm, LigerSiLUMulFunction.apply, LigerGELUMulFunction.apply)
 
 
-def _exchange(module: nn.Module, kernels: Kernels) -> bool:
-    forward = _fused_norm(module, kernels) or _fused_mlp(module, kernels)
+def _exchange(module: nn.Module, kernels: Kernels, found: dict[str, Forward | None]) -> bool:
+    if not _may_be_norm(module) and not _may_be_mlp(module):
+        return False
+    kind = f"{type(module)} {module} {getattr(module.forward, '__func__', module.forward)}"
+    if kind not in found:
+        twin = _with_numbers(module)
+        found[kind] = _fused_norm(twin, kernels) if _may_be_norm(module) else _fused_mlp(twin, kernels)
+    forward = found[kind]
     if forward is None:
         return False
     module.forward = MethodType(forward, module)  # a method: a copy of the module gets one of its own
     return True
 
 
+def _may_be_norm(module: Any) -> bool:
+    return type(module).__name__.endswith("RMSNorm") and getattr(module, "weight", None) is not None
+
+
+def _may_be_mlp(module: Any) -> bool:
+    first = getattr(module, "gate_proj", getattr(module, "gate_up_proj", None))
+    return isinstance(getattr(module, "down_proj", None), nn.Linear) and isinstance(first, nn.Linear)
+
+
+def _with_numbers(module: nn.Module) -> nn.Module:
+    """A module that computes what this one does, on the CPU with random weights if this one has none."""
+    if not any(parameter.is_meta for parameter in module.parameters()):
+        return module
+    twin, generator = copy.deepcopy(module).to_empty(device="cpu"), torch.Generator().manual_seed(1)
+    for parameter in twin.parameters():
+        scale = parameter.shape[-1] ** -0.5
+        parameter.data = (torch.randn(parameter.shape, generator=generator) * scale).to(parameter.dtype)
+    return twin
+
+
 def _fused_norm(module: Any, kernels: Kernels) -> Forward | None:
-    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not type(module).__name__.endswith("RMSNorm") or weight is None or not isinstance(eps, float):
+    weight, eps = module.weight, getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(eps, float):
         return None
     for offset, casting in ((0.0, "llama"), (1.0, "gemma")):
         if _agrees(module, weight.shape[0], partial(_rms_norm, weight=weight, eps=eps, offset=offset)):
@@ -119,8 +147,7 @@ def _rms_norm(x: Tensor, *, weight: Tensor, eps: float, offset: float) -> Tensor
 
 def _fused_mlp(module: Any, kernels: Kernels) -> Forward | None:
     first = getattr(module, "gate_proj", getattr(module, "gate_up_proj", None))
-    if not isinstance(getattr(module, "down_proj", None), nn.Linear) or not isinstance(first, nn.Linear):
-        return None
+    assert first is not None  # `_may_be_mlp` looked
     for activation, fused in ((F.silu, kernels.silu_mul), (_gelu, kernels.gelu_mul)):
         plain = _mlp_forward(partial(_times, activation))
         if _agrees(module, first.in_features, partial(plain, module)):
