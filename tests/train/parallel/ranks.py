@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import pickle
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_PATIENCE = 120
+_PATIENCE = 240
 """Seconds."""
 
 
@@ -32,9 +33,21 @@ def on_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[
         ]
         for process in processes:
             process.start()
-        answers = dict(queue.get() for _ in processes)
+        answers: dict[int, Any] = {}
+        end = time.monotonic() + _PATIENCE
+        while len(answers) < world and time.monotonic() < end:
+            are_alive = any(process.is_alive() for process in processes)  # asked first: the last words come after
+            while not queue.empty():
+                answers |= [queue.get()]
+            if not are_alive:
+                break
+            time.sleep(0.01)
         for process in processes:
-            process.join(_PATIENCE)
+            if len(answers) < world:
+                process.kill()
+            process.join()
+    silent = {rank: (False, "ended without an answer, or gave none in time") for rank in range(world)}
+    answers = silent | answers
     failures = [f"rank {rank}:\n{text}" for rank, (is_right, text) in sorted(answers.items()) if not is_right]
     assert not failures, "\n".join(failures)
     return [pickle.loads(answers[rank][1]) for rank in range(world)]

@@ -78,6 +78,28 @@ def test_a_step_is_that_of_one_process(layout: str, packed: dict[str, Path], alo
             assert decided(got.evaluation) == pytest.approx(decided(wanted.evaluation), rel=TOLERANCE, abs=TOLERANCE)
 
 
+# Ways to do the same that differ from those above in what is exchanged, and when.
+WAYS = {
+    "exchanging once a step": (2, {"dp": 2, "no_sync": True}),
+    "copies of shards": (4, {"dp": 4, "replicate": 2}),
+    "parameters in the host's memory": (2, {"dp": 2, "offload": True}),
+    "shared rows and layers": (4, {"cp": 2, "tp": 2}),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_how_ranks_exchange_changes_nothing(way: str, packed: dict[str, Path], alone: list[Taken], tmp_path: Path):
+    world, parallel = WAYS[way]
+    chosen = [0, 5, 6]  # pretraining of a Llama, chats and pairs with a Phi-3
+    runs = configs(packed, tmp_path, parallel)
+    for found in on_ranks(world, take, [runs[index] for index in chosen]):
+        for got, index in zip(found, chosen, strict=True):
+            wanted = decided(alone[index].measures)
+            assert decided(got.measures) == pytest.approx(wanted, rel=TOLERANCE, abs=TOLERANCE)
+            assert gradient_error(got.gradients, alone[index].gradients) <= TOLERANCE
+            assert got.norm == pytest.approx(alone[index].norm, rel=TOLERANCE)
+
+
 def decided(measures: dict[str, float]) -> dict[str, float]:
     """Without which side of a pair is ahead: before the first step policy and reference are equal, up to rounding."""
     return {name: value for name, value in measures.items() if "accuracy" not in name}

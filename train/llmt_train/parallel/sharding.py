@@ -37,7 +37,7 @@ def shard(model: Any, mesh: Mesh, *, compute: torch.dtype | None = None, offload
         compute: dtype in which parameters are gathered and computed with; ``None`` is their own.
         offload: keep the parts of this rank in the host's memory.
     """
-    policy: OffloadPolicy = CPUOffloadPolicy() if offload else OffloadPolicy()
+    policy: OffloadPolicy = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()
     for layer in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
         fully_shard(layer, mesh=mesh.fsdp, mp_policy=_precision(compute), offload_policy=policy)
     root = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
