@@ -18,6 +18,7 @@ from llmt_train.checkpoints.folders import (
 from llmt_train.checkpoints.resumable import check_resumable
 from llmt_train.checkpoints.training import (
     Snapshot,
+    StoredModel,
     load_training,
     read_model,
     save_training,
@@ -32,6 +33,7 @@ __all__ = [
     "TRAINER",
     "Snapshot",
     "State",
+    "StoredModel",
     "best_checkpoints",
     "check_resumable",
     "check_undamaged",
