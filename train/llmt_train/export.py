@@ -159,7 +159,7 @@ def _stream(checkpoint: Path, directory: Path, dtype: torch.dtype, max_shard: in
     def read(piece: Piece) -> dict[str, Tensor]:
         tensor = torch.empty(piece.empty.shape, dtype=piece.empty.dtype)
         several = len(piece.parts) > 1
-        views = tensor.split([stored.shapes[part][0] for part in piece.parts]) if several else [tensor]
+        views = torch.split(tensor, [stored.shapes[part][0] for part in piece.parts]) if several else (tensor,)
         stored.read(dict(zip(piece.parts, views, strict=True)))
         return on_disk(skeleton, piece.name, tensor)
 

@@ -18,8 +18,8 @@ from llmt_train.model.adapters import check_trained_state, trained_state
 from llmt_train.model.head import HeadSpec, Scores, model_scores
 from llmt_train.model.neftune import noisy_embeddings
 from llmt_train.objectives import Measures, share
-from llmt_train.parallel.mesh import Axis, Mesh
 from llmt_train.parallel.reduction import gathered, summed
+from llmt_train.parallel.mesh import Axis, Mesh
 from llmt_train.parallel.sharding import synchronise_gradients
 from llmt_train.tasks import Task
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import small_datasets
+import torch
 from train.parallel.first_step import Taken, take
 from train.parallel.ranks import on_ranks
 from train.steps import gradient_error

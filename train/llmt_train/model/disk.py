@@ -102,7 +102,8 @@ def write_files(
     """
     ordered = sorted(pieces, key=lambda piece: -piece.empty.dtype.itemsize)  # so that every tensor is aligned
     shards = list(_shards(ordered, max_shard))
-    weight_map, size = {}, 0
+    weight_map: dict[str, str] = {}
+    size = 0
     for number, shard in enumerate(shards, 1):
         several = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         name = several if len(shards) > 1 else "model.safetensors"
