@@ -1,6 +1,7 @@
 """What is written one tensor after the other is what transformers would have written at once."""
 
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,25 @@ def test_several_files_have_an_index_and_are_no_larger_than_wanted(tmp_path: Pat
     model.config.save_pretrained(tmp_path / "streamed")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "streamed")
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+
+
+def test_only_one_tensor_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    model = tiny("mixtral")
+    skeleton = skeleton_of(model)
+    pieces = pieces_of(skeleton, {name: tensor.shape for name, tensor in model.named_parameters()}, torch.float32)
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    seen = []
+
+    def read(piece: Piece) -> dict[str, torch.Tensor]:
+        assert not alive, "what was read before is still there"
+        tensors = {name: torch.zeros_like(tensor, device="cpu") for name, tensor in piece.files.items()}
+        for tensor in tensors.values():
+            alive.add(tensor)
+        seen.append(piece.name)
+        return tensors
+
+    write_files(tmp_path, pieces, read, 20_000)
+    assert {*seen} == {piece.name for piece in pieces}
 
 
 def test_weights_may_be_written_in_another_precision(tmp_path: Path) -> None:

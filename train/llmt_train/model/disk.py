@@ -8,7 +8,7 @@ model is made of some of ours and becomes some in files, so that one after the o
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -151,9 +151,12 @@ def _write_file(path: Path, shard: Shard, read: Callable[[Piece], Mapping[str, T
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for piece, keys in shard:
-            tensors = read(piece)
-            for key in keys:
-                assert tensors[key].shape == piece.files[key].shape
-                assert tensors[key].dtype == piece.files[key].dtype
-                file.write(tensors[key].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            _write_tensors(file, piece, keys, read(piece))  # a call, so that they are gone before the next are read
     return size
+
+
+def _write_tensors(file: BinaryIO, piece: Piece, keys: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
+    for key in keys:
+        assert tensors[key].shape == piece.files[key].shape
+        assert tensors[key].dtype == piece.files[key].dtype
+        file.write(tensors[key].contiguous().reshape(-1).view(torch.uint8).numpy().data)
