@@ -22,6 +22,8 @@ def run(app: Callable[..., Any], extra: str) -> None:
     try:
         app()
     except LlmtError as error:
+        if error.is_told:
+            sys.exit(error.exit_code)
         if traceback:
             raise
         _fail(str(error), error.exit_code)

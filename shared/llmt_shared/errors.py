@@ -5,6 +5,8 @@ class LlmtError(Exception):
     """A failure to show as one message, without a traceback: the place, the value, what was wanted, the way out."""
 
     exit_code = 1
+    is_told = False
+    """Whether another process of the same run tells the user; then this one leaves without a word."""
 
 
 class ConfigError(LlmtError):

@@ -10,10 +10,13 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 _keepers: list[Callable[[str], None]] = []
+_silences: list[None] = []
 
 
 def say(message: str) -> None:
     """Write one line of the log; a log that nobody reads any more (`2>&1 | head`) ends no run."""
+    if is_silent():
+        return
     keep(message)
     try:
         print(message, file=sys.stderr, flush=True)  # noqa: T201
@@ -23,8 +26,25 @@ def say(message: str) -> None:
 
 def keep(message: str) -> None:
     """Hand a line to whoever keeps the log, without showing it."""
+    if is_silent():
+        return
     for keeper in _keepers:
         keeper(message)
+
+
+def is_silent() -> bool:
+    """Return whether another process speaks for this one."""
+    return bool(_silences)
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Say, show and keep nothing while this is entered: another process does the same and speaks for all."""
+    _silences.append(None)
+    try:
+        yield
+    finally:
+        _silences.pop()
 
 
 @contextmanager
@@ -46,7 +66,7 @@ def stage(name: str, total: int, unit: str = "") -> Iterator[Callable[[int], Non
         total: of all that ``advance`` will be told; 0 shows nothing.
         unit: ``bytes`` shows sizes and rates as such.
     """
-    if total == 0:
+    if total == 0 or is_silent():
         yield lambda amount: None
     elif sys.stderr.isatty():
         with _bar(name, total, unit) as advance:

@@ -1,16 +1,29 @@
 """Packed attention on the CPU against its definition in fp64; which backend serves where."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from transformers import AttentionInterface
 
 from llmt_shared.errors import ConfigError
-from llmt_train.attention import BACKENDS, NAME, Call, Machine, Segments, choose, refusal, register, varlen_attention
+from llmt_train.attention import (
+    BACKENDS,
+    NAME,
+    Call,
+    Machine,
+    Segments,
+    choose,
+    cuda,
+    refusal,
+    register,
+    varlen_attention,
+)
 from llmt_train.attention.transformers_hook import attend
 
 LENGTHS = [1, 90, 3, 300, 20, 6]
@@ -115,6 +128,66 @@ def test_dropout_drops_weights_and_keeps_their_mean(softcap):
     outs = [varlen_attention(q, k, v, segments, dropout=0.5, softcap=softcap)[59, 0, 0] for _ in range(400)]
     assert torch.stack(outs).std() > 0.05
     assert abs(torch.stack(outs).mean() - 1) < 0.03
+
+
+# torch's own tracing of its own functions.
+_TORCHS_OWN = pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'>:DeprecationWarning")
+
+
+@pytest.fixture
+def traced_flex(monkeypatch):
+    """FlexAttention on the CPU: traced, not made into kernels, and without a backward pass.
+
+    Yields:
+        The counters of what was traced: attention and masks.
+    """
+    counters = {cuda._compiled_flex: CompileCounter(), cuda._compiled_create_mask: CompileCounter()}
+    compile_with = torch.compile
+    for compiled, counter in counters.items():
+        compiled.cache_clear()
+        monkeypatch.setattr(cuda.torch, "compile", partial(compile_with, backend=counter))
+        compiled()
+    torch._dynamo.reset()
+    yield list(counters.values())
+    torch._dynamo.reset()
+    for compiled in counters:
+        compiled.cache_clear()
+
+
+@torch.no_grad()
+@_TORCHS_OWN
+@pytest.mark.parametrize(
+    ("window", "softcap", "has_sinks"), [(None, None, False), (7, None, True), (None, 3.0, True), (7, 3.0, False)]
+)
+@pytest.mark.usefixtures("traced_flex")
+def test_flex_follows_the_definition(window, softcap, has_sinks):
+    segments = Segments.from_lengths(LENGTHS)
+    q, k, v = (x.detach() for x in random_qkv(sum(LENGTHS), 4, 2))
+    sinks = torch.linspace(-1, 2, 4) if has_sinks else None
+    found = varlen_attention(
+        q, k, v, segments, scale=0.3, window=window, softcap=softcap, sinks=sinks, backend=cuda.flex
+    )
+    assert max(errors([found], [definition(q, k, v, segments, 0.3, window, softcap, sinks).double()])) <= 1e-5
+
+
+@torch.no_grad()
+@_TORCHS_OWN
+@pytest.mark.parametrize("window", [None, 7])
+def test_flex_needs_no_other_code_for_other_segments(traced_flex, window):
+    q, k, v = (x.detach() for x in random_qkv(64, 2, 1))
+    for lengths in ([40, 24], [24, 40], [64], [1, 2, 61], [63, 1]):
+        varlen_attention(q, k, v, Segments.from_lengths(lengths), window=window, backend=cuda.flex)
+    assert [counter.frame_count for counter in traced_flex] == [1, 1]
+
+
+@torch.no_grad()
+@_TORCHS_OWN
+def test_flex_has_code_for_rows_of_many_sizes(traced_flex):
+    sizes = range(16, 16 + 10)  # torch gives up after 8, if nobody tells it not to
+    for n in sizes:
+        q, k, v = (x.detach() for x in random_qkv(n, 2, 1))
+        varlen_attention(q, k, v, Segments.from_lengths([n]), backend=cuda.flex)
+    assert traced_flex[0].frame_count == len(sizes)
 
 
 def test_dropout_is_the_same_in_the_recomputed_backward():

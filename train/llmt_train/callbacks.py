@@ -15,6 +15,7 @@ from llmt_shared.errors import DataError
 from llmt_train.data.stream import rows_consumed
 from llmt_train.evaluation import Record, evaluate, with_perplexity
 from llmt_train.module import TrainModule
+from llmt_train.parallel.process import Process
 from llmt_train.setup import Setup
 from llmt_train.stopping import StopRequest
 from llmt_train.watch.blame import describe_spike, not_finite_message, spike_message
@@ -31,6 +32,7 @@ class Run:
     """What the callback needs of a run that has been set up."""
 
     setup: Setup
+    process: Process
     metrics: MetricsFile
     loggers: Loggers
     reporter: Reporter
@@ -92,6 +94,7 @@ class StepCallback(Callback):
             return
         step, record = trainer.global_step, self._record
         self._record = None
+        self.run.process.beat(step)
         self._log(trainer, step, record)
         if self._after_step(trainer, pl_module, step):
             self.run.meter.start()
@@ -105,7 +108,7 @@ class StepCallback(Callback):
         loss = self._evaluate(trainer, module, step) if evaluates else None
         if samples:
             self._sample(trainer, module, step)
-        is_asked_to_stop = self.run.stop.signal_name is not None  # perhaps just now, while it evaluated
+        is_asked_to_stop = self.run.stop.agreed()  # perhaps just now, while it evaluated
         saves = is_last or is_asked_to_stop or _is_due(step, config.save.every)
         if saves:
             self._save(trainer, step, loss)

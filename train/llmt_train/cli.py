@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from llmt_shared.command import run
+from llmt_train.parallel.started import end_at_once, how_started, told_once_a_machine
 
 app = typer.Typer(
     name="llmt-train",
@@ -25,7 +26,11 @@ Force = Annotated[bool, typer.Option("--force", help="Remove what is there from 
 
 def main() -> None:
     """Console script."""
-    run(app, extra="train")
+    try:
+        run(app, extra="train")
+    except BaseException as error:
+        end_at_once(error)
+        raise
 
 
 def _show_version(wanted: bool) -> None:
@@ -65,12 +70,21 @@ def fit(
     from llmt_shared.config import load_config
     from llmt_train.config import RunConfig
 
-    settings = load_config(config, RunConfig, overrides or [])  # a typing mistake must not wait for torch
+    with told_once_a_machine():
+        settings = load_config(config, RunConfig, overrides or [])  # a typing mistake must not wait for torch
+        started = how_started()
     from dataclasses import asdict
 
+    from llmt_train.parallel.launch import end_with_launcher, launched
+
+    if launched(settings.parallel):
+        return
+    end_with_launcher()
     from llmt_train.fit import fit as fit_run
 
     result = fit_run(settings, force=force)
+    if started is not None and started.rank > 0:
+        return  # rank 0 prints the result
     if as_json:
         typer.echo(json.dumps(asdict(result)))
         return

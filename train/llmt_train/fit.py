@@ -22,8 +22,9 @@ from llmt_train.lock import NAME as LOCK
 from llmt_train.lock import locked
 from llmt_train.module import TrainModule
 from llmt_train.optim import build_optimizer
+from llmt_train.parallel.environment import JoinedGroup
 from llmt_train.parallel.mesh import is_first
-from llmt_train.parallel.process import ProcessGroup
+from llmt_train.parallel.process import Process, joined
 from llmt_train.parallel.strategy import LaidOut, snapshot
 from llmt_train.parallel.together import by_first
 from llmt_train.policy import uses_bf16
@@ -86,16 +87,14 @@ def fit(config: RunConfig, *, force: bool = False) -> FitResult:
         log = stack.enter_context(RunLog())
         stack.enter_context(quiet_lightning())
         stack.enter_context(quiet_transformers())
+        process = stack.enter_context(joined(config.parallel))
         stop = stack.enter_context(StopRequest())
         check_packages(config)
         setup = set_up(config)
         sampler, plan = prepare_sampler(setup), setup.plan
-        first = is_first()
-        if first:
-            stack.enter_context(_locked(config.output))
-        by_first(lambda: None)
-        if force and first:
-            _remove_run(config.output)
+        by_first(lambda: stack.enter_context(_locked(config.output)))
+        if force:
+            by_first(lambda: _remove_run(config.output))
         start = _resume_point(setup)
         step = checkpoints.read_state(start).step if start else 0
         is_finished = start is not None and step == plan.total_steps
@@ -104,7 +103,7 @@ def fit(config: RunConfig, *, force: bool = False) -> FitResult:
         say(describe(setup, step))
         if not is_finished:
             with checkpoints.stopped_by_full_disk(config.output):
-                _train(setup, sampler, stop, start, step)
+                _train(setup, sampler, process, stop, start, step)
         if stop.signal_name is not None and (saved := _last_step(config.output)) < plan.total_steps:
             raise Stopped(f"{config.output}: saved at step {saved}; run the same command again to resume")
     return _result(config, plan, step if start else None)
@@ -121,10 +120,12 @@ def _resume_point(setup: Setup) -> Path | None:
     return newest
 
 
-def _train(setup: Setup, sampler: Sampler | None, stop: StopRequest, start: Path | None, step: int) -> None:
+def _train(
+    setup: Setup, sampler: Sampler | None, process: Process, stop: StopRequest, start: Path | None, step: int
+) -> None:
     config, plan = setup.config, setup.plan
-    if setup.dataset.tokenizer_dir is not None:
-        checkpoints.copy_files(setup.dataset.tokenizer_dir, config.output / "tokenizer")
+    if (tokenizer := setup.dataset.tokenizer_dir) is not None:
+        by_first(lambda: checkpoints.copy_files(tokenizer, config.output / "tokenizer"))
     first = is_first()  # the rank that writes for all
     with ExitStack() as stack:
         loggers = stack.enter_context(telling(config, step)) if first else Loggers()
@@ -133,7 +134,7 @@ def _train(setup: Setup, sampler: Sampler | None, stop: StopRequest, start: Path
         samples = MetricsFile(config.output, step, SAMPLES, is_written=first) if sampler is not None else None
         if samples is not None:
             stack.callback(samples.close)
-        reporter = Reporter(plan.total_steps, step, has_bar=first)
+        reporter = Reporter(plan.total_steps, step)
         stack.callback(reporter.close)
         rows, pairing, rank = setup.dataset.train, setup.pairing["train"], setup.mesh.dp.rank
         batches = Prefetched(lambda: setup.own_tokens(train_batches(rows, plan, step, pairing, rank)))
@@ -143,7 +144,8 @@ def _train(setup: Setup, sampler: Sampler | None, stop: StopRequest, start: Path
         )
         before = by_first(lambda: recent_losses(read_metrics(config.output)))
         save = partial(_save, setup)
-        run = Run(setup, metrics, loggers, reporter, stop, meter, deque(before, maxlen=WINDOW), save, sampler, samples)
+        losses = deque(before, maxlen=WINDOW)
+        run = Run(setup, process, metrics, loggers, reporter, stop, meter, losses, save, sampler, samples)
         trainer = build_trainer(setup, StepCallback(run), max_steps=plan.total_steps)
         trainer.fit(build_module(setup), batches, ckpt_path=start, weights_only=True)
 
@@ -195,13 +197,12 @@ def _save(setup: Setup, trainer: pl.Trainer, step: int, eval_loss: float | None)
 def build_trainer(setup: Setup, callback: pl.Callback, *, max_steps: int) -> pl.Trainer:
     """Return what runs the loop over this process's micro-batches."""
     config, plan = setup.config, setup.plan
-    processes = ProcessGroup()
     return pl.Trainer(
         accelerator="cuda" if torch.cuda.is_available() else "cpu",
-        devices=processes.local_world,
-        num_nodes=processes.world_size() // processes.local_world,
+        devices=1 if setup.device.index is None else [setup.device.index],
+        num_nodes=setup.mesh.layout.world,
         strategy=LaidOut(setup.mesh, saves_trained_alone=config.lora is not None),
-        plugins=[processes],
+        plugins=[JoinedGroup()],
         precision="32-true",  # bf16 is FSDP2's: see `sharding`
         deterministic=config.train.deterministic,
         max_steps=max_steps,

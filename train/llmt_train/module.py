@@ -18,8 +18,8 @@ from llmt_train.model.adapters import check_trained_state, trained_state
 from llmt_train.model.head import HeadSpec, Scores, model_scores
 from llmt_train.model.neftune import noisy_embeddings
 from llmt_train.objectives import Measures, share
-from llmt_train.parallel.reduction import gathered, summed
 from llmt_train.parallel.mesh import Axis, Mesh
+from llmt_train.parallel.reduction import gathered, summed
 from llmt_train.parallel.sharding import synchronise_gradients
 from llmt_train.tasks import Task
 
@@ -123,7 +123,7 @@ class TrainModule(pl.LightningModule):
         (sum of all S) / N for any split into micro-batches and ranks; a mean per micro-batch would weigh tokens by
         the company they are in. A micro-batch without targets has S = 0 and is attached to the graph.
         """
-        self._begin()
+        self._begin(batch)
         accumulation = self.trainer.accumulate_grad_batches
         synchronise_gradients(self.model, not self.exchanges_once or len(self.step_parts) == accumulation - 1)
         batch = self._with_reference(batch)
@@ -177,13 +177,13 @@ class TrainModule(pl.LightningModule):
         reference = self.task.reference
         return batch if reference is None else batch._replace(reference_logps=reference(batch))
 
-    def _begin(self) -> None:
+    def _begin(self, batch: PackedBatch) -> None:
         """Seed torch for this micro-batch from where the run stands: resuming needs no state of a generator."""
         if self._is_new_step:
             self.step_parts = []
             self._is_new_step = False
-        # Ranks that share tokens draw the same.
-        place = (self.trainer.global_step, len(self.step_parts), self.mesh.averaged.rank)
+        # Ranks that have the same tokens draw the same.
+        place = (self.trainer.global_step, len(self.step_parts), self.mesh.dp.rank, batch.split.part)
         torch.manual_seed(key(self.seed, *place))
 
 

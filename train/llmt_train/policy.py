@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,40 +13,112 @@ from llmt_shared.progress import say
 from llmt_train.config import FromConfig, RunConfig
 from llmt_train.data.batch import PackedBatch
 from llmt_train.data.rows import AnyDataset
-from llmt_train.model.adapt import choose_trained, resize_embeddings
+from llmt_train.model.adapt import add_rows, choose_trained, resize_embeddings
 from llmt_train.model.adapters import without_adapters
+from llmt_train.model.fill import Where, fill, materialise
+from llmt_train.model.fused import parts_of, split_fused
 from llmt_train.model.head import HeadSpec, find_head
 from llmt_train.model.isolation import check_isolation
 from llmt_train.model.liger import use_liger
-from llmt_train.model.load import load_model
+from llmt_train.model.load import load_model, load_skeleton
 from llmt_train.parallel.context import TokenSplit
 from llmt_train.parallel.mesh import Mesh
 from llmt_train.parallel.sharding import shard
 from llmt_train.parallel.tensor import tensor_parallel
-from llmt_train.reference import live_reference
+from llmt_train.reference import fingerprint, live_reference
+
+Logps = Callable[[PackedBatch], Tensor]
+"""A reference: from a micro-batch to the log-probabilities of its pairs, [Q, 2]."""
 
 
-def open_model(config: RunConfig, dataset: AnyDataset) -> Any:
-    """Load the model as it is before anything is changed for training, after the checks that need no weights."""
+class Opened(NamedTuple):
+    """A model that could train."""
+
+    model: Any
+    base: str | None
+    """Fingerprint of the weights that it begins with, where they are not all in its checkpoints."""
+    head: HeadSpec | None
+    """How it makes its logits, where that is known."""
+
+
+def open_policy(config: RunConfig, dataset: AnyDataset, mesh: Mesh) -> Opened:
+    """Build the model that trains, lay it out over devices, fill it and prove it; all ranks call it.
+
+    No rank ever holds the whole model, but with adapters, whose package wants to see it.
+    """
+    if config.lora is not None:
+        model = _whole_model(config, dataset)
+        base = fingerprint(model)
+        choose_trained(model, config.train, config.lora, device())
+        return Opened(model, base, lay_out(model.to(device()), config, mesh))
+    model = _filled(config, dataset, mesh, partial(choose_trained, train=config.train, lora=None, device=device()))
+    weights = fingerprint(model, where_on_disk(model)) if needs_first_weights(config) else None
+    return Opened(model, weights, prove(model, config, mesh))
+
+
+def open_reference(config: RunConfig, dataset: AnyDataset, mesh: Mesh) -> tuple[Logps, str]:
+    """Build the model that a run begins with as one that never changes; return it and its weights' fingerprint."""
+    model = _filled(config, dataset, mesh, partial(_keep, config=config))
+    head = prove(model, config, mesh)
+    logps = live_reference(model, head, attention=config.attention, deterministic=config.train.deterministic)
+    return logps, fingerprint(model, where_on_disk(model))
+
+
+def _keep(model: Any, config: RunConfig) -> None:
+    model.requires_grad_(False).eval()
+    if config.train.liger:
+        use_liger(model, device=device())
+
+
+def _filled(config: RunConfig, dataset: AnyDataset, mesh: Mesh, change: Callable[[Any], None]) -> Any:
+    """The run's model with the weights that it begins with; ``change`` sees it before it is laid out."""
+    spec, num_rows = spec_of(config, dataset), None
+    model = load_skeleton(spec, dtype=dtype_of(config))
+    if config.train.resize_embeddings:
+        num_rows = add_rows(model, dataset.tokenizer.max_id + 1)
+    split_fused(model)
+    change(model)
+    _spread(model, config, mesh)
+    materialise(model, "cpu" if config.parallel.offload else device())
+    fill(model, spec, seed=config.train.seed, where=where_on_disk(model), num_rows=num_rows)
+    for module in model.modules():  # with offload the parameters alone stay in the host's memory
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device())
+    return model
+
+
+def _whole_model(config: RunConfig, dataset: AnyDataset) -> Any:
     model = load_model(spec_of(config, dataset), dtype=dtype_of(config), seed=config.train.seed)
     if config.train.resize_embeddings:
         resize_embeddings(model, dataset.tokenizer.max_id + 1)
-    return model.to(device())
+    return model
 
 
-def open_policy(model: Any, config: RunConfig, mesh: Mesh) -> HeadSpec | None:
-    """Decide what of a model trains, lay it out, and prove it; return how it makes its logits, where that is known."""
-    choose_trained(model, config.train, config.lora)
-    return lay_out(model, config, mesh)
+def where_on_disk(model: Any) -> Where:
+    """Return what says of a parameter's name which rows of which tensor it is on disk: of a split model, and any."""
+
+    def where(name: str) -> tuple[str, slice | None]:
+        rows = parts_of(model.config, name)
+        return (name, None) if rows is None else (rows.name, slice(rows.first, rows.last))
+
+    return where
 
 
 def lay_out(model: Any, config: RunConfig, mesh: Mesh) -> HeadSpec | None:
-    """Lay a model out over devices; prove that packed documents are isolated in it; find how it makes its logits."""
-    compute, split = torch.bfloat16 if uses_bf16(config) else None, split_of(config, mesh)
-    if mesh.layout.tp > 1:
-        tensor_parallel(model, mesh, sp=config.parallel.sp)
-    shard(model, mesh, compute=compute, offload=config.parallel.offload)
-    check_isolation(model, attention=config.attention, compute=compute, split=split, device=torch.device(device()))
+    """Lay a model with its weights out over devices and prove it, see `prove`."""
+    _spread(model, config, mesh)
+    return prove(model, config, mesh)
+
+
+def _spread(model: Any, config: RunConfig, mesh: Mesh) -> None:
+    tensor_parallel(model, mesh, sp=config.parallel.sp)
+    shard(model, mesh, compute=_compute(config), offload=config.parallel.offload)
+
+
+def prove(model: Any, config: RunConfig, mesh: Mesh) -> HeadSpec | None:
+    """Prove that packed documents are isolated in a model, and find how it makes its logits; all ranks call it."""
+    split, place = split_of(config, mesh), torch.device(device())
+    check_isolation(model, attention=config.attention, compute=_compute(config), split=split, device=place)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         head = find_head(model, split)
@@ -58,19 +130,6 @@ def lay_out(model: Any, config: RunConfig, mesh: Mesh) -> HeadSpec | None:
 def split_of(config: RunConfig, mesh: Mesh) -> TokenSplit:
     """Return which ranks share the tokens of a micro-batch."""
     return TokenSplit(mesh.tp, mesh.cp, config.parallel.sp and mesh.layout.tp > 1)
-
-
-Logps = Callable[[PackedBatch], Tensor]
-"""A reference: from a micro-batch to the log-probabilities of its pairs, [Q, 2]."""
-
-
-def frozen_reference(model: Any, config: RunConfig, mesh: Mesh) -> Logps:
-    """Return the reference that a model is, as `open_model` gives it: it never changes."""
-    model.requires_grad_(False).eval()
-    if config.train.liger:
-        use_liger(model)
-    head = lay_out(model, config, mesh)
-    return live_reference(model, head, attention=config.attention, deterministic=config.train.deterministic)
 
 
 def adapterless_reference(model: Any, head: HeadSpec | None, config: RunConfig) -> Logps:
@@ -103,6 +162,11 @@ def uses_bf16(config: RunConfig) -> bool:
     """Return whether the model computes in bf16 with weights in fp32."""
     has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return config.precision == "bf16" or (config.precision == "auto" and has_bf16)
+
+
+def _compute(config: RunConfig) -> torch.dtype | None:
+    """Of the arithmetic, where it is not the parameters'."""
+    return torch.bfloat16 if uses_bf16(config) else None
 
 
 def dtype_of(config: RunConfig) -> torch.dtype:

@@ -17,17 +17,17 @@ from llmt_shared import durable
 from llmt_shared.dataset import Dataset
 from llmt_shared.errors import ConfigError, DataError, FormatError, Stopped
 from llmt_shared.progress import stage
-from llmt_train.config import RunConfig
+from llmt_train.config import ParallelConfig, RunConfig
 from llmt_train.data.rows import AnySplit
 from llmt_train.data.stream import Prefetched, read_ahead, read_batch
 from llmt_train.lock import locked
-from llmt_train.parallel.process import join
-from llmt_train.policy import Logps, device, frozen_reference, open_model
+from llmt_train.parallel.mesh import open_mesh
+from llmt_train.parallel.process import joined
+from llmt_train.policy import Logps, device, open_reference
 from llmt_train.quiet import quiet_transformers
 from llmt_train.reference import (
     IDENTITY,
     Identity,
-    fingerprint,
     overlay_path,
     read_identity,
     sha256_of,
@@ -65,20 +65,20 @@ def precompute(config: RunConfig, *, force: bool = False) -> PrecomputeResult:
     """
     if config.task != "dpo":
         raise ConfigError(f"task: {config.task} has no reference; `llmt-train ref` is for task dpo")
-    mesh = join(config.parallel)
-    dataset, plan = open_data(config, mesh.layout)
+    alone = config.model_copy(update={"parallel": ParallelConfig(dp=1)})  # whatever the training runs on
+    dataset, plan = open_data(config)
     if not isinstance(dataset, Dataset):
         raise ConfigError("data: synthetic rows lie nowhere, so nothing lies beside them; set `dpo.reference: model`")
     with ExitStack() as stack:
         stack.enter_context(quiet_transformers())
         stop = stack.enter_context(StopRequest())
-        model = open_model(config, dataset)
-        wanted = identity(config, dataset, fingerprint(model))
+        stack.enter_context(joined(alone.parallel))
+        logps, weights = open_reference(alone, dataset, open_mesh(alone.parallel))
+        wanted = identity(config, dataset, weights)
         folder = overlay_path(dataset.path, wanted.weights)
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locked(folder, "wait for it"))
         _begin(folder, wanted, force)
-        logps = frozen_reference(model, config, mesh)
         computing = partial(_compute, logps=logps, micro_rows=plan.micro_rows, stop=stop)
         splits, entries = splits_of(dataset), dataset.manifest.splits
         computed = sum(

@@ -8,23 +8,28 @@ would round them by as much as 1e-4, which DPO's beta does not make small enough
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from llmt_shared.config import StrictModel
 from llmt_shared.dataset import Dataset
 from llmt_shared.errors import ConfigError, FormatError
 from llmt_shared.progress import say
 from llmt_train.data.batch import PackedBatch
+from llmt_train.model.fill import Where, same_name
 from llmt_train.model.head import HeadSpec, model_scores
 from llmt_train.model.load import evaluating
 from llmt_train.objectives import pair_logps
@@ -79,21 +84,61 @@ def live_reference(
     return logps
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Return a sha256 over names, dtypes, shapes and bytes of a model's parameters; buffers follow from its config."""
-    named = sorted(model.named_parameters())
-    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter lock
-        digests = pool.map(_digest, (parameter.detach() for _, parameter in named))
-        lines = [
-            f"{name} {parameter.dtype} {list(parameter.shape)} {digest}\n"
-            for (name, parameter), digest in zip(named, digests, strict=True)
-        ]
+@torch.no_grad()
+def fingerprint(model: nn.Module, where: Where = same_name) -> str:
+    """Return a sha256 over names, dtypes, shapes and bytes of a model's parameters; buffers follow from its config.
+
+    It is the same however the model is sharded; all processes call it, and at most two tensors are whole at a time.
+
+    Args:
+        model: any; its parameters may be sharded.
+        where: as `fill` was given it: layers that were split count as the one they are on disk.
+    """
+    parts: dict[str, list[tuple[int, Tensor]]] = {}
+    for name, parameter in model.named_parameters():
+        found = where(name)
+        if found is not None:
+            stored, rows = found
+            parts.setdefault(stored, []).append((rows.start if rows else 0, parameter.detach()))
+    names = sorted(parts)
+    tensors = [[part for _, part in sorted(parts[name], key=lambda each: each[0])] for name in names]
+    lines = []
+    for name, group, digest in zip(names, tensors, _digests(tensors), strict=True):
+        shape = [sum(len(part) for part in group), *group[0].shape[1:]] if len(group) > 1 else list(group[0].shape)
+        lines.append(f"{name} {group[0].dtype} {shape} {digest}\n")
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _digest(tensor: Tensor) -> str:
-    data: NDArray[np.uint8] = tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(data.data).hexdigest()
+def _digests(tensors: Sequence[Sequence[Tensor]]) -> list[str]:
+    """Of tensors that lie in parts, one below the other; every process hashes some."""
+    shared = any(isinstance(part, DTensor) for parts in tensors for part in parts)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
+    most = 1 if world > 1 else os.cpu_count() or 1  # whole tensors that wait to be hashed
+    found = torch.zeros(len(tensors), 32, dtype=torch.int64)
+    waiting: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(most) as pool:  # hashing lets go of the interpreter lock
+        for number, parts in enumerate(tensors):
+            whole = [part.full_tensor() if isinstance(part, DTensor) else part for part in parts]
+            if number % world == rank:
+                if len(waiting) == most:
+                    waiting.popleft().result()
+                waiting.append(pool.submit(_hash, whole, found[number]))
+    for each in waiting:
+        each.result()
+    if world > 1:
+        total = found.to(tensors[0][0].device)
+        dist.all_reduce(total)
+        found = total.cpu()
+    return [bytes(digest.tolist()).hex() for digest in found]
+
+
+def _hash(parts: Sequence[Tensor], digest: Tensor) -> None:
+    """Write the sha256 of tensors that lie one below the other: 32 bytes."""
+    sha256 = hashlib.sha256()
+    for part in parts:
+        data: NDArray[np.uint8] = part.cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        sha256.update(data.data)
+    digest[:] = torch.tensor(list(sha256.digest()))
 
 
 def sha256_of(path: Path) -> str:

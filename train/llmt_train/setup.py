@@ -22,24 +22,21 @@ from llmt_train.model.head import HeadSpec
 from llmt_train.model.load import load_skeleton, vocab_size
 from llmt_train.model.match import check_max_id, check_tokenizers, read_token_ids
 from llmt_train.model.positions import check_positions
-from llmt_train.parallel.layout import Layout
-from llmt_train.parallel.mesh import Mesh
-from llmt_train.parallel.process import join
+from llmt_train.parallel.layout import ONE_RANK, Layout
+from llmt_train.parallel.mesh import Mesh, open_mesh
 from llmt_train.policy import (
     Logps,
     adapterless_reference,
     device,
     dtype_of,
-    frozen_reference,
     model_name,
-    needs_first_weights,
-    open_model,
     open_policy,
+    open_reference,
     spec_of,
     split_of,
     uses_bf16,
 )
-from llmt_train.reference import Identity, fingerprint, open_overlay
+from llmt_train.reference import Identity, open_overlay
 from llmt_train.schedule import check_schedule
 from llmt_train.tasks import KINDS, Task, build_task
 
@@ -67,30 +64,32 @@ class Setup:
         return map(partial(shard_tokens, split=split_of(self.config, self.mesh)), batches)
 
     @property
+    def device(self) -> torch.device:
+        """Of this process."""
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+    @property
     def splits(self) -> dict[str, AnySplit]:
         """Those that the dataset has."""
         return splits_of(self.dataset)
 
 
 def set_up(config: RunConfig) -> Setup:
-    """Open, load and check everything; cheap checks first.
+    """Open, load and check everything, in a process group; cheap checks first.
 
     Raises:
         ConfigError: something does not fit together.
         FormatError: the dataset, or what `llmt-train ref` wrote, is damaged.
         DataError: there is nothing to train on.
     """
-    mesh = join(config.parallel)
+    mesh = open_mesh(config.parallel)
     dataset, plan = open_data(config, mesh.layout)
-    model = open_model(config, dataset)
-    base = fingerprint(model) if needs_first_weights(config) else None
-    head = open_policy(model, config, mesh)
+    model, base, head = open_policy(config, dataset, mesh)
     reference = None
     if config.task == "dpo" and config.dpo.reference == "model":
+        has_adapters = config.lora is not None
         reference = (
-            adapterless_reference(model, head, config)
-            if config.lora is not None
-            else frozen_reference(open_model(config, dataset), config, mesh)
+            adapterless_reference(model, head, config) if has_adapters else open_reference(config, dataset, mesh)[0]
         )
     task, pairing = open_task(config, dataset, base, reference)
     choose_execution(model, config)
@@ -99,7 +98,7 @@ def set_up(config: RunConfig) -> Setup:
     return Setup(config, mesh, dataset, plan, model, base, head, task, pairing)
 
 
-def open_data(config: RunConfig, layout: Layout) -> tuple[AnyDataset, Plan]:
+def open_data(config: RunConfig, layout: Layout = ONE_RANK) -> tuple[AnyDataset, Plan]:
     """Check what needs no weights; return the dataset and the plan of the run over its rows."""
     found = preflight(config, machine_of(torch.device(device())), layout)
     raise_problems(found.problems)
@@ -108,7 +107,7 @@ def open_data(config: RunConfig, layout: Layout) -> tuple[AnyDataset, Plan]:
     return found.dataset, found.plan
 
 
-def preflight(config: RunConfig, machine: Machine, layout: Layout) -> Preflight:
+def preflight(config: RunConfig, machine: Machine, layout: Layout = ONE_RANK) -> Preflight:
     """Run every check that needs no weights: all of them, so that one problem does not hide another.
 
     Args:

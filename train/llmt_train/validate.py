@@ -10,26 +10,24 @@ from llmt_shared.config import load_config
 from llmt_shared.errors import ConfigError
 from llmt_shared.progress import stage
 from llmt_train import checkpoints
-from llmt_train.config import BatchConfig, FromConfig, RunConfig, TrainConfig
+from llmt_train.config import BatchConfig, FromConfig, ParallelConfig, RunConfig, TrainConfig
 from llmt_train.data.rows import AnyDataset
 from llmt_train.data.stream import Pairing, Plan, plan_run
 from llmt_train.evaluation import Record, evaluate
 from llmt_train.fit import build_module
 from llmt_train.model.adapters import is_adapter
 from llmt_train.model.match import read_token_ids
-from llmt_train.parallel.mesh import Mesh
-from llmt_train.parallel.process import join
+from llmt_train.parallel.mesh import Mesh, open_mesh
+from llmt_train.parallel.process import joined
 from llmt_train.policy import (
     Logps,
     adapterless_reference,
     device,
-    frozen_reference,
     lay_out,
     model_name,
-    open_model,
+    open_reference,
 )
 from llmt_train.quiet import quiet_transformers
-from llmt_train.reference import fingerprint
 from llmt_train.setup import Setup, check_fits, check_tokenizer, open_rows, open_task, splits_of
 from llmt_train.tasks import Task
 from llmt_train.trained import load_checkpoint_model
@@ -65,8 +63,9 @@ def validate(source: Path, overrides: Sequence[str] = (), *, split: str = "valid
         DataError: there is nothing to measure.
     """
     checkpoint = checkpoints.find_checkpoint(source)
-    config = load_config(checkpoint / checkpoints.RUN_CONFIG, RunConfig, overrides)
-    with quiet_transformers():
+    given = load_config(checkpoint / checkpoints.RUN_CONFIG, RunConfig, overrides)
+    config = given.model_copy(update={"parallel": ParallelConfig(dp=1)})  # whatever the run trained on
+    with quiet_transformers(), joined(config.parallel):
         setup = _set_up(checkpoint, config, split)
         rows, module = setup.splits[split], build_module(setup)
         with stage(f"{split} rows", rows.num_rows) as advance:
@@ -96,7 +95,7 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 def _set_up(checkpoint: Path, config: RunConfig, split: str) -> Setup:
     """What `setup.set_up` does, with the checkpoint's weights."""
-    mesh = join(config.parallel)
+    mesh = open_mesh(config.parallel)
     dataset = open_rows(config, str(checkpoint))
     plan = _plan(dataset, split, config.batch)
     tokenizer = checkpoint.parent.parent / "tokenizer"
@@ -149,12 +148,10 @@ def _open_task(
             f"{checkpoint}: its reference was drawn for the vocabulary of the run's own dataset; wanted that one, or "
             "`dpo.reference=none`"
         )
-    begun = open_model(config, dataset)
-    weights = fingerprint(begun)
+    live, weights = open_reference(config, dataset, mesh)
     if state.base not in (None, weights):
         raise ConfigError(
             f"{checkpoint}: its reference had other weights than {model_name(config)} has now, or another precision; "
             "wanted those that the run began with, or `dpo.reference=none`"
         )
-    live = frozen_reference(begun, config, mesh) if reference == "model" else None
-    return open_task(config, dataset, weights, live)
+    return open_task(config, dataset, weights, live if reference == "model" else None)

@@ -190,6 +190,12 @@ def test_a_gpu_that_is_elsewhere_decides_what_can_serve(data):
     assert "needs a Hopper GPU" in problems(make(data, attention="flash3", precision="bf16"), "A100")[0]
 
 
+def test_a_deterministic_run_may_use_what_it_makes_deterministic_itself(data):
+    """SDPA is, once the trainer has told torch so; nothing else serves fp32."""
+    config = make(data, precision="fp32", train={"steps": 2, "deterministic": True})
+    assert problems(config, on="H100") == []
+
+
 def test_reference_log_probs_that_are_not_there_are_told(tmp_path):
     pairs = small_datasets.build_chats(tmp_path, "preference")
     model = {"from_config": {key: value for key, value in LLAMA.items() if key != "max_position_embeddings"}}

@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmt_shared.segments import IGNORE, Spans
-from llmt_train.data.batch import collate
+from llmt_train.data.batch import collate, pack_texts, shard_tokens
+from llmt_train.parallel.context import TokenSplit
+from llmt_train.parallel.mesh import Axis
 
 LENGTH = 8
 
@@ -94,3 +96,52 @@ def test_labels_equal_a_plain_loop(rows, seed):
 def test_lengths_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="segments of 9 tokens do not fit a row of 8"):
         collate(np.zeros((1, LENGTH), np.uint16), np.array([1]), np.array([9]), np.array([0]), None, {})
+
+
+def parts_of(batch, size):
+    """What each of ``size`` ranks keeps; nothing is exchanged."""
+    return [shard_tokens(batch, TokenSplit(cp=Axis(None, size, rank))) for rank in range(size)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_ranks_share_the_tokens_and_know_all_pieces(size):
+    batch = two_rows(Spans(np.array([1, 10]), np.array([1, 2])))
+    batch = batch._replace(in_response=batch.labels[0] != IGNORE)
+    parts = parts_of(batch, size)
+    for name in ("input_ids", "labels", "position_ids", "segment_ids_flat", "in_response"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts], -1), getattr(batch, name))
+    for part in parts:
+        assert (part.lengths, part.max_seqlen) == (batch.lengths, batch.max_seqlen)
+        assert torch.equal(part.segment_source, batch.segment_source)
+        assert torch.equal(part.segments().cu_seqlens, batch.cu_seqlens)
+        assert torch.equal(part.segments().ids, batch.segment_ids_flat)
+        assert part.segments().ids.dtype == torch.int32
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_places_of_labels_are_counted_from_a_ranks_first_token(size):
+    parts = parts_of(two_rows(Spans(np.array([1, 10]), np.array([1, 2]))), size)
+    assert [part.label_places.tolist() for part in parts] == [
+        (part.labels[0] != IGNORE).nonzero()[:, 0].tolist() for part in parts
+    ]
+
+
+def test_moving_keeps_the_ranks():
+    part = parts_of(two_rows(), 2)[1]
+    assert part.to("cpu").split == part.split
+    assert part.to("cpu").segments().cp == Axis(None, 2, 1)
+
+
+def test_tokens_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="16 tokens do not divide by the 3 ranks"):
+        parts_of(two_rows(), 3)
+    with pytest.raises(ValueError, match="16 tokens do not divide by the 6 ranks"):
+        shard_tokens(two_rows(), TokenSplit(tp=Axis(None, 3, 0), cp=Axis(None, 2, 0), sp=True))
+
+
+def test_texts_are_segments_of_one_row_padded_as_far_as_ranks_need():
+    batch = pack_texts([[5, 6, 7], [8, 9]], TokenSplit(tp=Axis(None, 4, 1), sp=True))
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 0, 0, 0]]
+    assert batch.lengths == (3, 2, 3)
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1, 2]]
+    assert pack_texts([[5, 6, 7], [8, 9]]).lengths == (3, 2)

@@ -2,21 +2,18 @@
 
 import warnings
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
-import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from llmt_train.callbacks import clip
 from llmt_train.config import RunConfig
-from llmt_train.data.stream import train_batches
+from llmt_train.data.stream import Prefetched, train_batches
 from llmt_train.evaluation import evaluate
 from llmt_train.fit import build_module, build_trainer
 from llmt_train.setup import set_up
-from llmt_train.data.stream import Prefetched
 
 
 class Taken(NamedTuple):

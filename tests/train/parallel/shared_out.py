@@ -119,9 +119,23 @@ def share_out(case: str, layout: Layout, sp: bool, policy: str | None = None) ->
     return model, mesh
 
 
-def step_shared(case: str, layout: Layout, sp: bool, policy: str | None = None) -> Step:
-    """On every rank, of a whole process group; the same of all cases and ranks."""
-    model, mesh = share_out(case, layout, sp, policy)
+class Job(NamedTuple):
+    """A step to take on ranks."""
+
+    case: str
+    sp: bool
+    policy: str | None = None
+    """What is computed again."""
+
+
+def steps_shared(jobs: Sequence[Job], layout: Layout) -> dict[Job, Step]:
+    """Take steps on every rank, many in one launch."""
+    return {job: step_shared(job, layout) for job in jobs}
+
+
+def step_shared(job: Job, layout: Layout) -> Step:
+    """Take a step on this rank, of a loss that is the mean over the targets of all."""
+    model, mesh = share_out(job.case, layout, job.sp, job.policy)
     vocabulary = model.config.vocab_size
     batches = [batch_of(index, vocabulary) for index in range(layout.dp)]
     total = sum(len(batch.label_places) for batch in batches)
@@ -131,11 +145,6 @@ def step_shared(case: str, layout: Layout, sp: bool, policy: str | None = None) 
     gradients = fuse(model.config, {name: p.grad.full_tensor().clone() for name, p in model.named_parameters()})
     norm: Any = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
     return Step(loss.item(), gradients, norm.full_tensor().item())
-
-
-def steps_shared(cases: Sequence[str], layout: Layout, sp: bool) -> dict[str, Step]:
-    """Several, in one launch."""
-    return {case: step_shared(case, layout, sp) for case in cases}
 
 
 def _loss_sum(model: Any, batch: PackedBatch) -> Tensor:

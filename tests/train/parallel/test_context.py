@@ -206,11 +206,17 @@ class Layer(nn.Module):
     is_causal = True
 
 
-def sink_errors() -> float:
+def head_errors(num_heads: int, kv_heads: int) -> float:
     """[N, heads, size] through `attend`, whole and by this rank's tokens; the sinks are a parameter of all heads."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, heads, 20, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2))
-    weights, sinks = torch.randn(20, 4, 8, generator=generator).double(), torch.randn(4, generator=generator).double()
+    q, k, v = (
+        torch.randn(1, heads, 20, 8, generator=generator, dtype=torch.float64)
+        for heads in (num_heads, kv_heads, kv_heads)
+    )
+    weights, sinks = (
+        torch.randn(20, num_heads, 8, generator=generator).double(),
+        torch.randn(num_heads, generator=generator).double(),
+    )
     own, whole = slice(10 * cp().rank, 10 * cp().rank + 10), Segments.from_lengths([3, 9, 8])
     shared = Segments(whole.lengths, whole.cu_seqlens, whole.ids, whole.max_length, cp=cp())
     wanted_sinks, got_sinks = (sinks.clone().requires_grad_() for _ in range(2))
@@ -221,8 +227,10 @@ def sink_errors() -> float:
     return max(relative(got, wanted[:, own]), relative(added_up(got_sinks.grad), wanted_sinks.grad))
 
 
-def test_what_belongs_to_a_head_goes_with_it():
-    assert max(on_ranks(2, sink_errors)) <= 1e-12
+@pytest.mark.parametrize(("num_heads", "kv_heads"), [(4, 2), (12, 3)])
+def test_what_belongs_to_a_head_goes_with_it(num_heads, kv_heads):
+    """3 key heads on 2 ranks are there twice each."""
+    assert max(on_ranks(2, head_errors, num_heads, kv_heads)) <= 1e-12
 
 
 def logit_errors() -> tuple[float, str]:

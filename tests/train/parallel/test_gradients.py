@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import small_datasets
-import torch
 from train.parallel.first_step import Taken, take
 from train.parallel.ranks import on_ranks
 from train.steps import gradient_error
@@ -55,7 +54,7 @@ def configs(packed: dict[str, Path], folder: Path, parallel: dict[str, Any]) -> 
             "parallel": parallel,
             "batch": {"tokens": 1200, "micro_rows": 2},
             **task,
-        }  # fmt: skip
+        }
         for family in FAMILIES.values()
         for task in TASKS.values()
     ]

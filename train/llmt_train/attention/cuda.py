@@ -1,4 +1,4 @@
-"""The backends that need a CUDA device. Right by reading their sources; NOT run on a GPU yet.
+"""The backends that need a CUDA device. Right by reading their sources; `scripts/gpu_suite.sh` tries them on a GPU.
 
 All take q [N, H, D], k and v [N, K, D] and return [N, H, D]. The flash kernels count a window as keys to the left
 of the query, transformers counts the query too: hence ``window - 1``.
@@ -107,10 +107,12 @@ def _soft_capped(cap: float) -> Callable[..., Tensor]:
 
 def _block_mask(segments: Segments, window: int | None) -> Any:
     if window not in segments.block_masks:
-        ids, reach = segments.ids, window or segments.max_length
+        ids = segments.ids
 
         def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return (ids[query] == ids[key]) & (query >= key) & (query - key < reach)
+            # Nothing in here but the window is a number: a compiler makes code anew for each that it meets.
+            inside = (ids[query] == ids[key]) & (query >= key)
+            return inside if window is None else inside & (query - key < window)
 
         n = ids.shape[0]
         segments.block_masks[window] = _compiled_create_mask()(seen, None, None, n, n, device=ids.device)
@@ -121,6 +123,9 @@ def _block_mask(segments: Segments, window: int | None) -> Any:
 def _compiled_flex() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
+    # Rows of a full micro-batch, of a short one, of the probe at the start, each with and without gradients and with
+    # every window. After 8 torch would go on without code, silently, and hold all scores.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     return torch.compile(flex_attention, dynamic=False)
 
 

@@ -85,8 +85,11 @@ def check_attention(skeleton: Any, config: RunConfig, machine: Machine) -> list[
             f"{skeleton.config.model_type}: its layers never call packed attention, so documents of a row would see "
             f"each other; {WAY_OUT}"
         )
+    deterministic = config.train.deterministic
+    # Not yet, but by the time that the run attends: its trainer sees to it.
+    machine = machine._replace(deterministic_torch=machine.deterministic_torch or deterministic)
     for call in sorted(set(calls or ()), key=str):
-        choose(config.attention, call._replace(deterministic=config.train.deterministic), machine)
+        choose(config.attention, call._replace(deterministic=deterministic), machine)
     return calls
 
 
@@ -144,7 +147,9 @@ def adapt_skeleton(found: Preflight, config: RunConfig, machine: Machine) -> Non
     assert skeleton is not None  # the caller looked
     if train.liger:
         found.attempt(partial(check_liger, machine.device_type))
-    found.attempt(partial(choose_trained, skeleton, train.model_copy(update={"liger": False}), config.lora))
+    found.attempt(
+        partial(choose_trained, skeleton, train.model_copy(update={"liger": False}), config.lora, machine.device_type)
+    )
     if train.compile:
         found.attempt(partial(layers_of, skeleton, "train.compile"))
     found.attempt(partial(recompute, skeleton, train.checkpointing))

@@ -148,7 +148,8 @@ def train_batches(
 
 def _dealt(rows: NDArray[np.int64], micro_rows: int, rank: int, ranks: int) -> NDArray[np.int64]:
     """Those of a step's rows that a rank takes: every micro-batch whose turn is its own."""
-    return rows[np.arange(len(rows)) // micro_rows % ranks == rank]
+    is_own: NDArray[np.bool_] = np.arange(len(rows)) // micro_rows % ranks == rank
+    return rows[is_own]
 
 
 def _rows_by_step(plan: Plan, first_step: int) -> Iterator[NDArray[np.int64]]:

@@ -1,7 +1,7 @@
 """Fused projections as layers of their own, so that each can be shared out over devices (Phi-3's qkv and gate_up).
 
-The model is split in memory; on disk, and for everybody else, its layers stay fused. What it computes is the same to
-the last bit. Names of parameters in checkpoints are those of the split model, for every layout.
+The model is split in memory; on disk, and for everybody else, its layers stay fused. Its logits are the same to the
+last bit. Names of parameters in checkpoints are those of the split model, for every layout.
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -38,17 +38,18 @@ class Kernels(NamedTuple):
     """gelu(first) * second, in the approximation by tanh."""
 
 
-def use_liger(model: Any, kernels: Kernels | None = None) -> int:
+def use_liger(model: Any, kernels: Kernels | None = None, *, device: str = "cuda") -> int:
     """Give norms and gated MLPs of a model fused kernels; return how many modules changed.
 
     Args:
-        model: on its device.
+        model: perhaps on the meta device.
         kernels: Liger's where ``None``.
+        device: where it will compute.
 
     Raises:
         ConfigError: no CUDA device or no `liger-kernel`; or nothing in the model is what they compute.
     """
-    chosen = kernels or _of_liger(next(model.parameters()).device)
+    chosen = kernels or _of_liger(device)
     changed = [_exchange(module, chosen) for module in model.modules()]
     if not any(changed):
         raise ConfigError(
@@ -57,8 +58,8 @@ def use_liger(model: Any, kernels: Kernels | None = None) -> int:
     return sum(changed)
 
 
-def _of_liger(device: torch.device) -> Kernels:
-    check_liger(device.type)
+def _of_liger(device: str) -> Kernels:
+    check_liger(device)
     return liger_kernels()
 
 

@@ -34,6 +34,11 @@ class TokenSplit(NamedTuple):
         """Ranks that the tokens must divide by."""
         return self.cp.size * (self.tp.size if self.sp else 1)
 
+    @property
+    def part(self) -> int:
+        """Which part of the tokens this rank has between layers; ranks with the same part must draw alike."""
+        return self.cp.rank * self.tp.size + self.tp.rank if self.sp else self.cp.rank
+
 
 WHOLE = TokenSplit()
 """Every rank has all tokens of its micro-batch."""

@@ -34,6 +34,9 @@ class Layout(NamedTuple):
         return self.averaged * self.tp
 
 
+ONE_RANK = Layout()
+
+
 class Place(NamedTuple):
     """Where one rank is: its index along every axis."""
 

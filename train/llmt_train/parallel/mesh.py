@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from llmt_train.parallel.layout import Layout, Place, place_of, rank_of
+from llmt_train.config import ParallelConfig
+from llmt_train.parallel.layout import Layout, Place, layout_of, place_of
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,16 @@ def build_mesh(layout: Layout, device_type: str) -> Mesh:
     )
 
 
+def open_mesh(config: ParallelConfig) -> Mesh:
+    """Take this process's place in the layout that the config asks for; all ranks call it.
+
+    Raises:
+        ConfigError: the processes that there are cannot be arranged so.
+    """
+    layout = layout_of(config, dist.get_world_size())
+    return build_mesh(layout, "cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _axis(layout: Layout, rank: int, names: tuple[str, ...]) -> Axis:
     """Ranks that differ in the named axes alone. Every rank makes every group, as torch wants it."""
     found = ALONE
@@ -77,16 +88,6 @@ def _axis(layout: Layout, rank: int, names: tuple[str, ...]) -> Axis:
     return found
 
 
-def lead(layout: Layout, place: Place) -> int:
-    """Return the rank that stands for those which share this one's rows."""
-    return rank_of(layout, place._replace(cp=0, tp=0))
-
-
 def is_first() -> bool:
     """Return whether this process is the one that writes and speaks for all."""
     return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def device_of(local_rank: int) -> torch.device:
-    """Return the device of a process: its GPU, or the CPU where there is none."""
-    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")

@@ -49,18 +49,22 @@ class WholeAdafactor(torch.optim.Adafactor):
             state |= {"step": torch.tensor(0.0), **(_factors(gradient) if gradient.ndim > 1 else {})}
             if gradient.ndim < 2:
                 state["variance"] = torch.zeros_like(parameter)
-        means = {name: whole(state[name]) if name in state else None for name in ("row_var", "col_var", "variance")}
+        names = ("row_var", "col_var", "variance")
+        rows, columns, variance = (whole(state[name]) if name in state else None for name in names)
         adafactor(
             [weights],
             [gradient],
-            *([mean] for mean in means.values()),
+            [rows],
+            [columns],
+            [variance],
             [state["step"]],
             foreach=False,
             eps1=group["eps"][0],
             eps2=group["eps"][1],
             **{name: group[name] for name in ("d", "lr", "beta2_decay", "weight_decay", "maximize")},
         )
-        for tensor, updated in [(parameter, weights), *((state.get(name), mean) for name, mean in means.items())]:
+        of_state = zip(map(state.get, names), (rows, columns, variance), strict=True)
+        for tensor, updated in [(parameter, weights), *of_state]:
             if isinstance(tensor, DTensor) and updated is not None:
                 tensor.copy_(like(updated, tensor))
 

@@ -1,7 +1,8 @@
-"""Parameters sharded over ranks, gathered layer by layer while they are used (FSDP2: Zhao et al. 2023, arXiv:2304.11277).
+"""Parameters sharded over ranks, gathered layer by layer while they are used.
 
-Always, also over one rank: then every parameter is a DTensor on one mesh whatever the layout, the optimizer and the
-clipping see the same thing, and weights in fp32 compute in bf16 without a copy of them in either precision.
+FSDP2 (Zhao et al. 2023, arXiv:2304.11277), always, also over one rank: then every parameter is a DTensor on one mesh
+whatever the layout, the optimizer and the clipping see the same thing, and weights in fp32 compute in bf16 without a
+copy of them in either precision.
 """
 
 from collections.abc import Callable

@@ -70,8 +70,8 @@ def tensor_parallel(model: Any, mesh: Mesh, *, sp: bool) -> None:
     axis = mesh.tp
     if axis.size == 1:
         return
-    assert mesh.parameters is not None  # there is more than one rank
     plan = check_plan(model.config, axis.size)
+    assert mesh.parameters is not None  # there is more than one rank
     roles = _roles(model, plan, axis, sp)
     done: dict[int, nn.Parameter] = {}  # tied weights stay tied
     for name, module in model.named_modules():

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from llmt_shared.progress import keep, say
+from llmt_shared.progress import is_silent, keep, say
 
 _SECONDS_BETWEEN_LINES = 5.0
 _MEASURES = ("accuracy", "margin", "log_odds")
@@ -27,13 +27,13 @@ _IN_BAR = ("loss", "speed", "mfu", "wait", "lr")
 class Reporter:
     """Shows steps, evaluations and notes; on a terminal it owns the bar and must be closed."""
 
-    def __init__(self, total_steps: int, first_step: int, *, has_bar: bool = True) -> None:
+    def __init__(self, total_steps: int, first_step: int) -> None:
         self._total = total_steps
         self._first = first_step
         self._started = time.monotonic()
         self._last_line = float("-inf")
         console = Console(file=sys.stderr, highlight=False, emoji=False, soft_wrap=True)
-        self._bar = _start_bar(console, total_steps, first_step) if has_bar and console.is_terminal else None
+        self._bar = _start_bar(console, total_steps, first_step) if console.is_terminal and not is_silent() else None
 
     def step(self, record: Mapping[str, Any]) -> None:
         """Show one step's metrics: the line of metrics.jsonl."""

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from llmt_shared.errors import LlmtError, Stopped
-from llmt_shared.progress import kept_by
+from llmt_shared.progress import is_silent, kept_by
 from llmt_train.watch.environment import versions
 
 NAME = "run.log"
@@ -43,7 +43,12 @@ class RunLog:
         return self
 
     def open(self, directory: Path) -> None:
-        """Write what was kept so far, and from now on at once, below a line that says what starts here."""
+        """Write what was kept so far, and from now on at once, below a line that says what starts here.
+
+        A process for which another one speaks writes nothing.
+        """
+        if is_silent():
+            return
         self._file = (directory / NAME).open("ab", buffering=0)  # each line at once, and none that closing still writes
         self._stack.callback(self._file.close)
         packages = ", ".join(f"{name} {version}" for name, version in versions().items())
