@@ -27,9 +27,8 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         size, largest = build(Path(folder) / "run", options.layers, options.hidden)
-        print(
-            f"checkpoint {size / 1e6:,.0f} MB, largest tensor {largest / 1e6:,.0f} MB, shard {options.max_shard / 1e6:,.0f} MB"
-        )
+        shard = options.max_shard / 1e6
+        print(f"checkpoint {size / 1e6:,.0f} MB, largest tensor {largest / 1e6:,.0f} MB, files of {shard:,.0f} MB")
         print("way        growth of the peak, MB   seconds")
         for way in WAYS:
             found = in_process(Path(folder) / "run", way, options.max_shard)

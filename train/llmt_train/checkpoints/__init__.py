@@ -16,6 +16,7 @@ from llmt_train.checkpoints.folders import (
     read_state,
 )
 from llmt_train.checkpoints.resumable import check_resumable
+from llmt_train.checkpoints.saver import Saver
 from llmt_train.checkpoints.training import (
     Snapshot,
     StoredModel,
@@ -31,6 +32,7 @@ __all__ = [
     "RUN_CONFIG",
     "TENSORS",
     "TRAINER",
+    "Saver",
     "Snapshot",
     "State",
     "StoredModel",

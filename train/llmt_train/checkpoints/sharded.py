@@ -100,6 +100,7 @@ class Writing:
     def hold(self) -> None:
         """Copy what this rank writes to the host's memory: the tensors may then change."""
         agreed(lambda: self._planner.hold(self._plan))
+        self._writer.per_thread_copy_ahead = 0  # a thread that only writes shall not touch the (first!) GPU
 
     def finish(self) -> list[Path]:
         """Write, all ranks together; return the files that this rank wrote."""
