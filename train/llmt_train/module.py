@@ -123,7 +123,7 @@ class TrainModule(pl.LightningModule):
         (sum of all S) / N for any split into micro-batches and ranks; a mean per micro-batch would weigh tokens by
         the company they are in. A micro-batch without targets has S = 0 and is attached to the graph.
         """
-        self._begin(batch)
+        self._begin()
         accumulation = self.trainer.accumulate_grad_batches
         synchronise_gradients(self.model, not self.exchanges_once or len(self.step_parts) == accumulation - 1)
         batch = self._with_reference(batch)
@@ -177,13 +177,13 @@ class TrainModule(pl.LightningModule):
         reference = self.task.reference
         return batch if reference is None else batch._replace(reference_logps=reference(batch))
 
-    def _begin(self, batch: PackedBatch) -> None:
+    def _begin(self) -> None:
         """Seed torch for this micro-batch from where the run stands: resuming needs no state of a generator."""
         if self._is_new_step:
             self.step_parts = []
             self._is_new_step = False
-        # Ranks that have the same tokens draw the same.
-        place = (self.trainer.global_step, len(self.step_parts), self.mesh.dp.rank, batch.split.part)
+        # Ranks that share layers draw the same, also where each has some of the tokens: their embedding has them all.
+        place = (self.trainer.global_step, len(self.step_parts), self.mesh.averaged.rank)
         torch.manual_seed(key(self.seed, *place))
 
 
@@ -241,7 +241,7 @@ class Evaluation:
                 continue
             result[name] = sum(value / counted for value, counted in sums)
             if name == "loss":
-                result |= {per: int(counted) for per, (_, counted) in zip(self._per[name], sums, strict=True)}
+                result |= {per: round(counted) for per, (_, counted) in zip(self._per[name], sums, strict=True)}
         return result
 
 

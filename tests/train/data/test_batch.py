@@ -5,9 +5,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from train.tiny_models import packed, tiny
 
 from llmt_shared.segments import IGNORE, Spans
 from llmt_train.data.batch import collate, pack_texts, shard_tokens
+from llmt_train.model.load import forward_hidden
 from llmt_train.parallel.context import TokenSplit
 from llmt_train.parallel.mesh import Axis
 
@@ -145,3 +147,14 @@ def test_texts_are_segments_of_one_row_padded_as_far_as_ranks_need():
     assert batch.lengths == (3, 2, 3)
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1, 2]]
     assert pack_texts([[5, 6, 7], [8, 9]]).lengths == (3, 2)
+
+
+def test_a_long_padding_tail_does_not_choose_the_rotary_factors_of_the_documents_before_it():
+    """Phi-3's long rotary factors serve every token of a call whose largest position is beyond the original ones."""
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "factor": 8.0}
+    ropes = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32, **factors}
+    model = tiny("phi3", original_max_position_embeddings=32, rope_parameters=ropes).eval()
+    padded = packed([[20]], 60)
+    bare = collate(padded.input_ids[:, :20].numpy(), np.array([1]), np.array([20]), np.zeros(1, np.int64), None, {})
+    hidden = [forward_hidden(model, batch)[:20] for batch in (padded, bare)]
+    torch.testing.assert_close(*hidden, rtol=0, atol=1e-6)

@@ -194,6 +194,7 @@ def found_of(family: str, sp: bool, vocabulary: int) -> Found:
 
 
 def cut_output(model, tp: Axis, sp: bool) -> None:
+    """The model gives the logits of all tokens on both ranks; with ``sp`` its decoder has half of them on each."""
     linear, decoder = model.get_output_embeddings(), model.get_decoder()
     is_even = linear.weight.shape[0] % 2 == 0
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
@@ -212,7 +213,8 @@ def cut_output(model, tp: Axis, sp: bool) -> None:
         output.last_hidden_state = split(output.last_hidden_state, tp, 1)
         return output
 
-    linear.forward = output
+    linear.forward, forward = output, model.forward
+    model.forward = lambda logits_to_keep=None, **keywords: forward(**keywords)
     if sp:
         decoder.register_forward_hook(part)
 

@@ -28,7 +28,7 @@ class PackedBatch(NamedTuple):
     labels: Tensor
     """[1, n] int64; already shifted: the label at t is token t + 1 of the same segment, else -100."""
     position_ids: Tensor
-    """[1, n] int64; restarts at 0 with every piece."""
+    """[1, n] int64; restarts at 0 with every piece; in padding it goes no further than in the longest segment."""
     cu_seqlens: Tensor
     """[P + 1] int32; borders of the pieces, from 0 to N."""
     max_seqlen: int
@@ -178,7 +178,7 @@ def assemble(
     return PackedBatch(
         input_ids=torch.from_numpy(flat.astype(np.int64)[None]),
         labels=torch.from_numpy(found[None]),
-        position_ids=torch.from_numpy(position_ids(pieces)[None]),
+        position_ids=torch.from_numpy(_positions(pieces)[None]),
         cu_seqlens=torch.from_numpy(pieces.borders.astype(np.int32)),
         max_seqlen=max(piece_lengths),
         lengths=piece_lengths,
@@ -192,6 +192,12 @@ def assemble(
         in_response=None if in_response is None else torch.from_numpy(in_response),
         reference_logps=None if reference_logps is None else torch.from_numpy(reference_logps),
     )
+
+
+def _positions(pieces: Pieces) -> NDArray[np.int64]:
+    """[N]; rotary factors may be chosen by the largest of them (Phi-3), which must not be that of padding."""
+    longest = int(pieces.length[pieces.source >= 0].max(initial=1))
+    return np.minimum(position_ids(pieces), longest - 1)
 
 
 def _with_whole(spans: Spans, pieces: Pieces, whole: NDArray[np.integer]) -> Spans:

@@ -178,19 +178,15 @@ def _logits_of(model: Any, hidden: Tensor, num_tokens: int) -> Tensor:
 
 
 def _own_logits(model: Any, batch: PackedBatch, segments: Segments, kept: Tensor) -> Tensor:
-    """[T, V] of the tokens at ``kept``; models that cannot leave out tokens give all, which are then cut.
-
-    So do models that share tokens (sp): what they are asked to keep they would look for among a part of the tokens.
-    """
+    """[T, V] of the tokens at ``kept``; models that cannot leave out tokens give all, which are then cut."""
     output = model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         segments=segments,
         use_cache=False,
-        **({} if batch.split.sp else {"logits_to_keep": kept}),
+        logits_to_keep=kept,
     )
     logits: Tensor = output.logits[0]
-    # All of n and T tokens are as many where every token is kept: then there is nothing to cut.
     return logits if logits.shape[0] == kept.shape[0] else logits[kept]
 
 

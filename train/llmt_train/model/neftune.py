@@ -41,13 +41,12 @@ def noisy_embeddings(model: Any, batch: PackedBatch, alpha: float, seed: int) ->
 
 
 def _noise(batch: PackedBatch, embedded_1nH: Tensor, alpha: float, seed: int) -> Tensor:
-    """Of the n tokens that this rank's embedding returns: fewer than all where ranks share them."""
+    """Of this rank's tokens; ranks of tp hold the same and get the same, for it is the layers that share them (sp)."""
     num_tokens, size = embedded_1nH.shape[1:]
     device, dtype = embedded_1nH.device, torch.promote_types(embedded_1nH.dtype, torch.float32)
     first = batch.split.cp.rank * num_tokens
     uniform_nH = _uniform(batch, range(first, first + num_tokens), size, seed, device)
-    pieces = batch.segment_ids_flat.long()
-    lengths = torch.diff(batch.cu_seqlens).to(dtype)[pieces]
+    lengths = torch.diff(batch.cu_seqlens).to(dtype)[batch.segment_ids_flat.long()]
     scale = alpha / (lengths * size).sqrt()
     noise_nH = (2 * uniform_nH.to(dtype) - 1) * scale[:, None]
     return noise_nH[None].to(embedded_1nH.dtype)

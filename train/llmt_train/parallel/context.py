@@ -23,21 +23,16 @@ class TokenSplit(NamedTuple):
     """Which ranks share the tokens of a micro-batch."""
 
     tp: Axis = ALONE
-    """Ranks that share every layer."""
+    """Ranks that share every layer; what is drawn in a forward pass they must draw alike."""
     cp: Axis = ALONE
     """Ranks each of which carries its part of the tokens through the model."""
     sp: bool = False
-    """Whether the ranks of tp share the tokens too, between the layers: each holds a part of the part of its cp."""
+    """Whether each rank of tp holds, between layers, but a part of the tokens that its cp carries."""
 
     @property
     def multiple(self) -> int:
         """Ranks that the tokens must divide by."""
         return self.cp.size * (self.tp.size if self.sp else 1)
-
-    @property
-    def part(self) -> int:
-        """Which part of the tokens this rank has between layers; ranks with the same part must draw alike."""
-        return self.cp.rank * self.tp.size + self.tp.rank if self.sp else self.cp.rank
 
 
 WHOLE = TokenSplit()

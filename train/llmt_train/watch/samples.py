@@ -20,11 +20,14 @@ from transformers import PreTrainedTokenizerFast
 from llmt_shared.errors import ConfigError
 from llmt_shared.order import key
 from llmt_shared.terminal import escaped
-from llmt_train.data.batch import collate
+from llmt_train.data.batch import pack_texts
 from llmt_train.data.rows import AnyDataset
 from llmt_train.model.head import logits_at
 from llmt_train.model.load import evaluating
 from llmt_train.module import TrainModule
+from llmt_train.parallel.context import WHOLE, TokenSplit
+from llmt_train.parallel.mesh import ALONE
+from llmt_train.policy import split_of
 from llmt_train.setup import Setup
 
 NAME = "samples.jsonl"
@@ -96,7 +99,7 @@ def write_samples(sampler: Sampler, setup: Setup, module: TrainModule, step: int
     """
     eager = torch.compiler.set_stance("force_eager") if sampler.is_compiled else nullcontext()
     with evaluating(module), eager:
-        texts = generate(sampler, module, step)
+        texts = generate(sampler, module, step, split_of(setup.config, setup.mesh))
     return [
         {"step": step, "prompt": prompt.text, "text": _decode(sampler, ids), "tokens": ids}
         for prompt, ids in zip(sampler.prompts, texts, strict=True)
@@ -109,7 +112,7 @@ def describe_sample(line: Mapping[str, Any], total_steps: int) -> str:
 
 
 @torch.no_grad()
-def generate(sampler: Sampler, module: TrainModule, step: int) -> list[list[int]]:
+def generate(sampler: Sampler, module: TrainModule, step: int, split: TokenSplit = WHOLE) -> list[list[int]]:
     """Return the tokens that the model writes after each prompt, up to one that ends a text and with it."""
     seeds = [key(sampler.seed, step, number) for number in range(len(sampler.prompts))]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -117,7 +120,7 @@ def generate(sampler: Sampler, module: TrainModule, step: int) -> list[list[int]
     going = list(range(len(sampler.prompts)))
     while going:
         texts = [[*sampler.prompts[place].ids, *written[place]] for place in going]
-        logits_PV = _next_logits(module, texts)
+        logits_PV = _next_logits(module, texts, split)
         chosen = choose(logits_PV, sampler.temperature, [generators[place] for place in going])
         for place, token in zip(going, chosen, strict=True):
             written[place].append(token)
@@ -139,14 +142,12 @@ def choose(logits_PV: Tensor, temperature: float, generators: Sequence[torch.Gen
     return [int(torch.multinomial(each, 1, generator=generator)) for each, generator in drawn]
 
 
-def _next_logits(module: TrainModule, texts: list[list[int]]) -> Tensor:
+def _next_logits(module: TrainModule, texts: list[list[int]], split: TokenSplit) -> Tensor:
     """[P, V] of the token after each text; every text is a segment of its own."""
-    tokens = np.concatenate([np.array(text, np.int64) for text in texts])[None]
-    lengths = np.array([len(text) for text in texts])
-    batch = collate(tokens, np.array([len(texts)]), lengths, np.zeros(len(texts), np.int64), None, {"targets": 1.0})
-    batch = batch.to(module.device)
+    # Ranks of cp do all the same: texts are short.
+    batch = pack_texts(texts, split._replace(cp=ALONE)).to(module.device)
+    places = torch.from_numpy(np.cumsum([len(text) for text in texts]) - 1).to(module.device)
     segments = batch.segments(module.attention, module.deterministic)
-    places = torch.from_numpy(np.cumsum(lengths) - 1).to(module.device)
     return logits_at(module.model, module.head, batch, segments, places)
 
 
