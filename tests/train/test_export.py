@@ -63,6 +63,14 @@ def test_other_families_pass_too(tmp_path: Path, model: dict) -> None:
     assert result.largest_difference <= 1e-5
 
 
+def test_files_are_no_larger_than_wanted_and_are_read_as_one_model(run: Path, tmp_path: Path) -> None:
+    result = export(run, tmp_path / "model", check=True, max_shard=20_000)
+    sizes = [path.stat().st_size for path in (tmp_path / "model").glob("model-*-of-*.safetensors")]
+    assert len(sizes) > 1
+    assert max(sizes) < 22_000  # with its header
+    assert result.bytes == sum(sizes)
+
+
 def test_the_config_is_as_transformers_writes_it(run: Path, tmp_path: Path) -> None:
     export(run, tmp_path / "model")
     text = (tmp_path / "model" / "config.json").read_text()
