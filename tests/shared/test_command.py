@@ -99,3 +99,16 @@ def test_a_reader_that_leaves_early_is_no_failure():
     message = process.stderr.read()
     process.stderr.close()
     assert (process.wait(), message) == (0, b"")
+
+
+def test_a_failure_that_another_process_tells_is_an_exit_code_alone(monkeypatch, capsys):
+    def app():
+        error = ConfigError("told elsewhere")
+        error.is_told = True
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["llmt-train", "fit", "--traceback"])
+    with pytest.raises(SystemExit) as caught:
+        command.run(app, extra="train")
+    assert caught.value.code == 2
+    assert capsys.readouterr() == ("", "")

@@ -77,7 +77,7 @@ def fit(
 
     from llmt_train.parallel.launch import end_with_launcher, launched
 
-    if launched(settings.parallel):
+    if launched(settings):
         return
     end_with_launcher()
     from llmt_train.fit import fit as fit_run

@@ -25,6 +25,10 @@ _GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
+_DEEPSEEK = {
+    **_MOE, "num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
+}  # fmt: skip
 MODELS = {
     **{family: keys for family, keys in CONFIGS.items() if family not in ("llama4_text", "falcon")},  # refused
     "mixtral": {**_COMMON, "num_local_experts": 4},
@@ -33,6 +37,7 @@ MODELS = {
     "gpt_neox": {key: value for key, value in _COMMON.items() if key != "num_key_value_heads"},
     "gemma3_text": {**_COMMON, "head_dim": 16, "sliding_window": 8, "rope_parameters": _GEMMA3_ROPE},
     "qwen2": _COMMON,
+    "deepseek_v3": _DEEPSEEK,  # has a buffer that lies on disk, in fp32 always
 }
 KEYS = {
     **{family: (family, keys) for family, keys in MODELS.items()},
@@ -73,8 +78,16 @@ def written(case: str, folder):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.rand(parameter.shape, generator=generator))
+        for name in dict(model.named_buffers()).keys() & model.state_dict().keys():
+            model.get_buffer(name).add_(0.3)
     model.save_pretrained(folder)
     return str(folder)
+
+
+def rewrite(folder, change) -> None:
+    """Change what lies on disk."""
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path, {"format": "pt"})
 
 
 @EACH
@@ -159,6 +172,14 @@ def test_experts_that_lie_one_by_one_are_merged(tmp_path):
     assert torch.equal(up[3, :96], keys["model.layers.0.block_sparse_moe.experts.3.w1.weight"])
 
 
+@pytest.mark.parametrize("lost", ["experts.3.", "experts.3.w1."])
+def test_experts_that_are_not_there_are_noticed(tmp_path, lost):
+    folder = written("mixtral", tmp_path)
+    rewrite(tmp_path, lambda state: {name: state[name] for name in state if f"1.block_sparse_moe.{lost}" not in name})
+    with pytest.raises(ConfigError, match=f"model: {tmp_path}: "):
+        load_model(folder)
+
+
 def test_weights_in_several_files_are_found(tmp_path):
     written("llama", tmp_path / "one")
     model = load_model(str(tmp_path / "one"))
@@ -174,11 +195,6 @@ def test_weights_of_the_base_model_alone_are_found_under_its_names(tmp_path):
     wanted.model.save_pretrained(tmp_path / "base")
     assert "embed_tokens.weight" in load_file(tmp_path / "base" / "model.safetensors")
     assert_same(load_model(str(tmp_path / "base")), wanted)
-
-
-def rewrite(folder, change) -> None:
-    path = folder / "model.safetensors"
-    save_file(change(load_file(path)), path, {"format": "pt"})
 
 
 def test_one_name_of_tied_weights_is_enough(tmp_path):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from train.tiny_models import packed, tiny
 
@@ -74,9 +74,13 @@ def build(case: str) -> Any:
 
 
 def batch_of(index: int, vocabulary: int) -> PackedBatch:
-    """A micro-batch; some of its tokens are the padding id, whose embedding gets no gradient."""
+    """A micro-batch; some of its tokens are the padding id, whose embedding gets no gradient.
+
+    One is the first that the second of two ranks has the embedding of: where the padding id is on the first.
+    """
     batch = packed([_LENGTHS[index]], _LENGTH, seed=index)
     ids = batch.input_ids % vocabulary
+    ids[0, 2] = vocabulary // 2
     labels = batch.labels.where(batch.labels < 0, batch.labels % vocabulary)
     return batch._replace(input_ids=ids.where(ids % 7 != 0, 0), labels=labels)
 
@@ -105,17 +109,28 @@ def step_alone(case: str, num_batches: int) -> Step:
     return Step(loss.item(), gradients, torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1).item())
 
 
-def share_out(case: str, layout: Layout, sp: bool, policy: str | None = None) -> tuple[Any, Any]:
-    """Return a model as a run would have it, and its mesh."""
+def share_out(
+    case: str, layout: Layout, sp: bool, policy: str | None = None, compute: torch.dtype | None = None
+) -> tuple[Any, Any]:
+    """Return a model as a run would have it, and its mesh.
+
+    Args:
+        case: of `CASES`.
+        layout: of all processes.
+        sp: see `tensor_parallel`.
+        policy: what is computed again.
+        compute: what weights in fp32 are computed with; ``None`` is fp32.
+    """
     mesh = build_mesh(layout, "cpu")
     model = build(case)
     split_fused(model)
     tensor_parallel(model, mesh, sp=sp)
     if policy is not None:
         recompute(model, CheckpointingConfig(policy=policy))
+    precision = MixedPrecisionPolicy(compute, torch.float32)
     for layer in layers_of(model, ""):
-        fully_shard(layer, mesh=mesh.fsdp)
-    fully_shard(model, mesh=mesh.fsdp)
+        fully_shard(layer, mesh=mesh.fsdp, mp_policy=precision)
+    fully_shard(model, mesh=mesh.fsdp, mp_policy=precision)
     return model, mesh
 
 

@@ -291,6 +291,23 @@ def test_tied_weights_stay_tied():
     assert all(on_ranks(2, _tied))
 
 
+def _in_bf16(layout: Layout) -> tuple[torch.dtype, dict[str, Tensor]]:
+    model, _ = share_out("llama with biases", layout, sp=True, compute=torch.bfloat16)
+    logits = logits_of(model, batch_of(0, VOCAB))
+    F.cross_entropy(logits.float(), batch_of(0, VOCAB).labels[0]).backward()
+    return logits.dtype, {name: p.grad.full_tensor().clone() for name, p in model.named_parameters()}
+
+
+def test_weights_in_fp32_compute_in_bf16():
+    """With no more noise than in one process: gradients that are summed over ranks are summed in fp32."""
+    wanted = alone("llama with biases", 1).gradients
+    noise = gradient_error(on_ranks(1, _in_bf16, Layout())[0][1], wanted)
+    for dtype, gradients in on_ranks(2, _in_bf16, TP2):
+        assert dtype == torch.bfloat16
+        assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
+        assert gradient_error(gradients, wanted) <= 2 * noise < 0.5
+
+
 # What cannot be shared out.
 
 

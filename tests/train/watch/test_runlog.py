@@ -10,11 +10,11 @@ import torch
 from train.tiny_dataset import WORDS, write_dataset
 
 from llmt_shared.errors import ConfigError, DataError, Stopped
-from llmt_shared.progress import say
+from llmt_shared.progress import say, silent
 from llmt_train.config import RunConfig
 from llmt_train.fit import fit
 from llmt_train.watch import progress
-from llmt_train.watch.runlog import RunLog
+from llmt_train.watch.runlog import RunLog, add_line
 
 TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d"
 
@@ -135,3 +135,22 @@ def test_a_resumed_run_appends_and_force_starts_over(tmp_path):
     assert any("resuming  after step 3" in message for message in messages(tmp_path / "run"))
     fit(make_config(tmp_path, train={"steps": 1}), force=True)
     assert sum(message.startswith("start on") for message in messages(tmp_path / "run")) == 1
+
+
+def test_a_line_is_added_to_a_log_that_is_there(tmp_path):
+    with RunLog() as log:
+        log.open(tmp_path)
+    add_line(tmp_path, "error: of a worker")
+    assert messages(tmp_path)[1:] == ["error: of a worker"]
+
+
+def test_a_run_that_began_no_log_gets_none(tmp_path):
+    add_line(tmp_path, "error: of a worker")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_that_is_silent_writes_no_log(tmp_path):
+    with silent(), RunLog() as log:
+        log.open(tmp_path)
+        say("one")
+    assert list(tmp_path.iterdir()) == []

@@ -67,14 +67,14 @@ def set_buffers(skeleton: Any, take: Take) -> None:
         parameter._is_hf_initialized = True  # transformers' rules leave it alone then
     with torch.device("cpu"), torch.random.fork_rng(devices=[]), guard_torch_init_functions():
         for prefix, module, owner in _with_owners(skeleton):
-            found = {
-                name: torch.empty_like(buffer, device="cpu") for name, buffer in module.named_buffers(recurse=False)
-            }
-            module._buffers.update({name: _unset(buffer) for name, buffer in found.items()})
-            if found:
+            names = [name for name, _ in module.named_buffers(recurse=False)]
+            for name in names:
+                module._buffers[name] = _unset(torch.empty_like(module.get_buffer(name), device="cpu"))
+            if names:
                 owner._init_weights(module)
-            for name, buffer in found.items():
-                take(f"{prefix}{name}", buffer)
+            for name in names:
+                if _is_set(module.get_buffer(name)):
+                    take(f"{prefix}{name}", module.get_buffer(name))
 
 
 def _with_owners(module: nn.Module, prefix: str = "", owner: Any = None) -> Iterator[tuple[str, nn.Module, Any]]:
@@ -117,6 +117,10 @@ def _unset(tensor: Tensor) -> Tensor:
     return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor.zero_()
 
 
+def _is_set(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or not tensor.isnan().any().item()
+
+
 def _initialise(module: nn.Module, owner: Any) -> None:
     for child in module.children():
         _initialise(child, child if isinstance(child, PreTrainedModel) else owner)
@@ -135,7 +139,7 @@ def _hand_over(unit: nn.Module, prefix: str, tied: Mapping[str, str], take: Take
     for name, tensor in _tensors(unit, recurse):
         if f"{prefix}{name}" in tied:
             continue
-        if tensor.is_floating_point() and tensor.isnan().any():
+        if not _is_set(tensor):
             raise ValueError(f"transformers does not say how {prefix}{name} begins")
         take(f"{prefix}{name}", tensor)
 

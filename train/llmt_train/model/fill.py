@@ -211,15 +211,11 @@ def _check_shapes(targets: Mapping[str, list[_Part]], sources: Mapping[str, list
     for name in sorted(targets):
         wanted = _shape(targets[name])
         for source in sources[name]:
-            if source.shape not in (None, wanted):
-                raise _mismatch(place, name, source.shape, wanted)
-
-
-def _mismatch(place: str, name: str, found: Any, wanted: Any) -> ConfigError:
-    return ConfigError(
-        f"{place}{name} is {list(found)} in *.safetensors, but {list(wanted)} by config.json; "
-        "wanted a config.json and weights that belong together"
-    )
+            if source.shape != wanted:
+                raise ConfigError(
+                    f"{place}{name} is {list(source.shape)} in *.safetensors, but {list(wanted)} by config.json; "
+                    "wanted a config.json and weights that belong together"
+                )
 
 
 def _shape(parts: Sequence[_Part]) -> tuple[int, ...]:
@@ -231,8 +227,8 @@ def _shape(parts: Sequence[_Part]) -> tuple[int, ...]:
 
 def _check_tied(part: _Part, sources: Sequence[Stored], names: Sequence[str], place: str) -> None:
     """Refuse tensors that config.json calls one, and that differ."""
-    box = local_box(part.tensor)
-    if len(sources) > 1 and part.known is None and not torch.equal(sources[0].read(box), sources[1].read(box)):
+    local, box = _place(part)
+    if len(sources) > 1 and local.numel() and not torch.equal(sources[0].read(box), sources[1].read(box)):
         raise ConfigError(
             f"{place}by config.json {' and '.join(names)} are tied, but they differ in *.safetensors; wanted "
             "`tie_word_embeddings: false` there, or weights that are tied"
@@ -241,6 +237,14 @@ def _check_tied(part: _Part, sources: Sequence[Stored], names: Sequence[str], pl
 
 def _write(part: _Part, read: Callable[[Box], Tensor]) -> None:
     """Write this process's part of a tensor."""
+    local, box = _place(part)
+    if local.numel():
+        local.copy_(read(box))
+    part.is_written = True
+
+
+def _place(part: _Part) -> tuple[Tensor, Box]:
+    """What this process is to write, and where that lies in the tensor on disk."""
     local, box = local_part(part.tensor), local_box(part.tensor)
     assert local.shape == tuple(bounds.stop - bounds.start for bounds in box), "a part has not the size of its place"
     if part.known is not None:
@@ -248,9 +252,7 @@ def _write(part: _Part, read: Callable[[Box], Tensor]) -> None:
         local, box = local[: rows.stop - rows.start], (rows, *box[1:])
     if part.rows is not None:
         box = (slice(part.rows.start + box[0].start, part.rows.start + box[0].stop), *box[1:])
-    if local.numel():
-        local.copy_(read(box))
-    part.is_written = True
+    return local, box
 
 
 def _order(placements: Sequence[Placement]) -> list[int]:

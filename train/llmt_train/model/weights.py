@@ -6,12 +6,13 @@ for that family are applied; a tensor made of several is then made whole, one at
 
 import copy
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor
@@ -28,13 +29,11 @@ Box = tuple[slice, ...]
 """Part of a tensor, one slice with both ends for each of its dims."""
 
 
-@dataclass(frozen=True)
-class Stored:
+class Stored(NamedTuple):
     """A tensor on disk."""
 
+    shape: tuple[int, ...]
     read: Callable[[Box], Tensor]
-    shape: tuple[int, ...] | None = None
-    """``None`` where only reading it tells."""
 
 
 def open_weights(name: str, skeleton: Any) -> dict[str, Stored]:
@@ -91,11 +90,13 @@ class _Pieces:
     keys: list[tuple[str, str]] = field(default_factory=list)
     """On disk, with the pattern that found each."""
 
-    @property
-    def names(self) -> Iterable[str]:
-        """What the model calls those that are made."""
-        patterns = self.converter.target_patterns
-        return [self.first.replace(patterns[0], pattern) for pattern in patterns]
+    def make(self, skeleton: Any, load: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """Return what is made, by the model's names."""
+        converter = copy.deepcopy(self.converter)
+        for key, pattern in self.keys:
+            converter.add_tensor(self.first, key, pattern, partial(load, key))
+        made = converter.convert(self.first, model=skeleton, config=skeleton.config)
+        return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
 
 
 def _named(files: Mapping[str, Any], skeleton: Any) -> dict[str, Stored]:
@@ -121,26 +122,20 @@ def _named(files: Mapping[str, Any], skeleton: Any) -> dict[str, Stored]:
 def _slice_of(file: Any, key: str) -> Stored:
     part = file.get_slice(key)
     shape = tuple(part.get_shape())
-    return Stored((lambda box: part[box]) if shape else (lambda _: file.get_tensor(key)), shape)
+    return Stored(shape, (lambda box: part[box]) if shape else (lambda _: file.get_tensor(key)))
 
 
 def _made(pieces: Mapping[str, _Pieces], files: Mapping[str, Any], skeleton: Any, state: Any) -> dict[str, Stored]:
     @lru_cache(maxsize=1)  # those that are made together are asked for together
     def make(first: str) -> dict[str, Tensor]:
-        group = pieces[first]
-        converter = copy.deepcopy(group.converter)
-        for key, pattern in group.keys:
-            load = partial(_load, files[key], key, state[first].dtype)
-            converter.add_tensor(first, key, pattern, load)
-        made = converter.convert(first, model=skeleton, config=skeleton.config)
-        return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+        dtype = state[first].dtype
+        return pieces[first].make(skeleton, lambda key: files[key].get_tensor(key).to(dtype))
 
-    def read(first: str, name: str, box: Box) -> Tensor:
-        return make(first)[name][box]
-
-    return {name: Stored(partial(read, first, name)) for first, group in pieces.items() for name in group.names}
-
-
-def _load(file: Any, key: str, dtype: Any) -> Tensor:
-    tensor: Tensor = file.get_tensor(key)
-    return tensor.to(dtype)
+    found = {}
+    for first, group in pieces.items():
+        shapes = group.make(skeleton, lambda key: torch.empty(files[key].get_slice(key).get_shape(), device="meta"))
+        for name, tensor in shapes.items():
+            found[name] = Stored(
+                tuple(tensor.shape), partial(lambda first, name, box: make(first)[name][box], first, name)
+            )
+    return found

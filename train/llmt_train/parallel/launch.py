@@ -27,13 +27,14 @@ from typing import Any
 import torch
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from llmt_shared.errors import ConfigError, Stopped
+from llmt_shared.errors import ConfigError, FormatError, Stopped
 from llmt_shared.progress import say
-from llmt_train.config import ParallelConfig
+from llmt_train.config import ParallelConfig, RunConfig
 from llmt_train.parallel.board import Board, Ending, board_of
-from llmt_train.parallel.failures import Fate, verdict
+from llmt_train.parallel.failures import Fate, RankError, verdict
 from llmt_train.parallel.layout import layout_of
 from llmt_train.parallel.started import LAUNCHER, host_name, how_started, is_launched, wants_traceback
+from llmt_train.watch.runlog import add_line
 
 GRACE = 15.0
 """Seconds that the other workers have to end after the first that failed."""
@@ -45,8 +46,10 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _PR_SET_PDEATHSIG = 1
 
 
-def launched(config: ParallelConfig) -> bool:
+def launched(config: RunConfig) -> bool:
     """Run this command in a process for each local device; False where this very process is to run it.
+
+    What no worker could write to the run's log is written there.
 
     Raises:
         ConfigError: `parallel` does not fit the devices of this machine.
@@ -54,9 +57,13 @@ def launched(config: ParallelConfig) -> bool:
     """
     if how_started() is not None:
         return False
-    if (number := local_processes(config, torch.cuda.device_count())) == 1:
+    if (number := local_processes(config.parallel, torch.cuda.device_count())) == 1:
         return False
-    launch(this_command(), number, timeout=config.timeout)
+    try:
+        launch(this_command(), number, timeout=config.parallel.timeout)
+    except RankError as error:
+        add_line(config.output, f"error: {error}")
+        raise
     return True
 
 
@@ -268,7 +275,8 @@ def _ending(worker: Worker, said: Ending | None) -> Ending | None:
     if code == 0:
         return Ending("done", 0, "")
     lines = "\n".join(worker.last_lines)
-    return Ending("failed", code, f"ended with exit code {code}" + (f"; its last lines:\n{lines}" if lines else ""))
+    text = f"ended with exit code {code}" + (f"; its last lines:\n{lines}" if lines else "")
+    return Ending("told" if code in (ConfigError.exit_code, FormatError.exit_code) else "failed", code, text)
 
 
 def _signal(worker: Worker) -> int | None:

@@ -128,8 +128,8 @@ def _divided(config: Any) -> dict[str, int]:
 def shares_vocabulary(num_rows: int, tp: int) -> bool:
     """Return whether embedding and output layer are shared out over ranks too: not where their rows do not divide.
 
-    Then every rank holds them whole and computes all logits; say so where a person reads it, with
-    `vocabulary_note`.
+    Then every rank holds them whole and computes all logits; say so where a person reads it, with `vocabulary_note`.
+    DTensor and FSDP2 do take uneven parts (torch 2.13); what joins parts, `collectives`, does not.
     """
     return num_rows % tp == 0
 

@@ -118,7 +118,9 @@ def _together(started: Started, device: torch.device, timeout: int) -> Iterator[
         with one_voice(board, rank, hosts[rank]), Heartbeat(board, rank, hosts, timeout) as heartbeat:
             yield Process(rank, world, started.local_rank, local_world, device, heartbeat.beat)
     except Exception as error:
-        raise _explained(error, board, started, hosts, timeout) from error
+        if (found := _explained(error, board, started, hosts, timeout)) is not error:
+            raise found from error
+        raise
     board.tell_ending(rank, ending_of(None))
     if board.wait_for("ending", range(world), _PARTING):
         _destroy()

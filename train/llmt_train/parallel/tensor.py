@@ -110,7 +110,10 @@ def local(parameter: Tensor) -> Tensor:
     Args:
         parameter: of a module that is whole but for tp: inside FSDP's forward, or without FSDP.
     """
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    if not isinstance(parameter, DTensor):
+        return parameter
+    assert parameter.device_mesh.ndim == 1, f"{parameter.placements}: outside of the model's forward"
+    return parameter.to_local()
 
 
 def _roles(model: Any, plan: Plan, axis: Axis, sp: bool) -> dict[nn.Module, _Role]:

@@ -60,7 +60,7 @@ class RunLog:
 
     def keep(self, message: str) -> None:
         """Keep a message with its time; one that cannot be written ends no run."""
-        line = f"{datetime.now().astimezone().isoformat(sep=' ', timespec='seconds')}  {message}\n"
+        line = _line(message)
         if self._file is None:
             self._waiting.append(line)
         else:
@@ -80,3 +80,14 @@ class RunLog:
         elif error is not None:
             self.keep("error: " + "".join(traceback.format_exception(error)).rstrip())
         self._stack.close()
+
+
+def add_line(directory: Path, message: str) -> None:
+    """Add a line to the log of a run that has ended, if it began one."""
+    with suppress(OSError), (directory / NAME).open("rb+") as file:
+        file.seek(0, 2)
+        file.write(_line(message).encode(errors="backslashreplace"))
+
+
+def _line(message: str) -> str:
+    return f"{datetime.now().astimezone().isoformat(sep=' ', timespec='seconds')}  {message}\n"
