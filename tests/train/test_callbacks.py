@@ -74,7 +74,7 @@ def test_the_fill_of_a_step_is_that_of_its_rows(data, tmp_path):
 
 
 def test_the_time_of_evaluating_and_saving_is_no_steps(data, tmp_path, monkeypatch):
-    evaluate, write = callbacks.evaluate, checkpoints.save_training
+    evaluate, write = callbacks.evaluate, checkpoints.Saver.save
 
     def slow(function):
         def called(*arguments: Any, **options: Any) -> Any:
@@ -84,7 +84,7 @@ def test_the_time_of_evaluating_and_saving_is_no_steps(data, tmp_path, monkeypat
         return called
 
     monkeypatch.setattr(callbacks, "evaluate", slow(evaluate))
-    monkeypatch.setattr(checkpoints, "save_training", slow(write))
+    monkeypatch.setattr(checkpoints.Saver, "save", slow(write))
     fit(make_config(data, tmp_path / "run", train={"steps": 5, "seed": 3}))
     assert all(record["tokens_per_s"] > 80 / 0.5 for record in steps(tmp_path / "run"))
 

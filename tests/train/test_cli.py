@@ -137,6 +137,13 @@ def test_a_failure_is_one_message_with_its_exit_code(
     assert err.count("error: ") == 1
 
 
+def test_a_size_of_files_that_is_none_is_told(folder: Path, call: Call) -> None:
+    code, out, err = call("export", folder / "run", folder / "x", "--max-shard", "many")
+    assert (code, out) == (2, "")
+    assert "--max-shard: " in err
+    assert "many" in err
+
+
 def test_a_run_that_does_not_exist_is_no_source_of_an_export(folder: Path, call: Call) -> None:
     code, out, err = call("export", folder / "nowhere", folder / "x")
     assert (code, out) == (2, "")

@@ -1,5 +1,6 @@
 """An exported folder is what plain transformers needs, and the check would notice if it were not."""
 
+import errno
 import json
 import shutil
 import zlib
@@ -7,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from tokenizers import Tokenizer
+from torch import nn
 from train.tiny_dataset import WORDS, write_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -60,6 +61,14 @@ def test_other_families_pass_too(tmp_path: Path, model: dict) -> None:
     result = export(train(tmp_path, {"from_config": model}), tmp_path / "model", check=True)
     assert result.largest_difference is not None
     assert result.largest_difference <= 1e-5
+
+
+def test_files_are_no_larger_than_wanted_and_are_read_as_one_model(run: Path, tmp_path: Path) -> None:
+    result = export(run, tmp_path / "model", check=True, max_shard=20_000)
+    sizes = [path.stat().st_size for path in (tmp_path / "model").glob("model-*-of-*.safetensors")]
+    assert len(sizes) > 1
+    assert max(sizes) < 22_000  # with its header
+    assert result.bytes == sum(sizes)
 
 
 def test_the_config_is_as_transformers_writes_it(run: Path, tmp_path: Path) -> None:
@@ -129,14 +138,15 @@ def test_a_folder_that_holds_something_is_left_alone(run: Path, tmp_path: Path) 
 
 
 def test_the_check_notices_wrong_weights_and_writes_nothing(run: Path, tmp_path: Path, monkeypatch) -> None:
-    write = export_module._write
+    load = export_module.load_checkpoint_model
 
-    def write_and_spoil(model, checkpoint: Path, directory: Path) -> None:
-        write(model, checkpoint, directory)
+    def load_and_spoil(checkpoint: Path) -> nn.Module:
+        model = load(checkpoint)
         with torch.no_grad():
             model.model.layers[1].mlp.up_proj.weight *= 1.01
+        return model
 
-    monkeypatch.setattr(export_module, "_write", write_and_spoil)
+    monkeypatch.setattr(export_module, "load_checkpoint_model", load_and_spoil)
     with pytest.raises(FormatError, match="differ from ours by"):
         export(run, tmp_path / "model", check=True)
     assert list(tmp_path.iterdir()) == []
@@ -188,10 +198,10 @@ def test_no_code_is_named_that_is_not_there(run: Path, tmp_path: Path) -> None:
 
 def test_weights_that_cannot_be_written_are_named(run: Path, tmp_path: Path, monkeypatch) -> None:
     def full(*_: object, **__: object) -> None:
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
-    with pytest.raises(DataError, match=r"cannot be written: I/O error: No space left"):
+    monkeypatch.setattr(export_module, "write_files", full)
+    with pytest.raises(DataError, match=r"cannot be written: .*No space left"):
         export(run, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 

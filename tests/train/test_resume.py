@@ -57,6 +57,19 @@ def test_kills_and_requests_to_stop_change_nothing(packed, tmp_path, name):
     interrupted_equals_whole(packed, tmp_path, name, 3)
 
 
+def test_checkpoints_written_beside_the_training_are_as_good(packed, tmp_path):
+    name, save = "orpo", {"every": 1, "keep": 2, "asynchronous": True}
+    whole, config = (
+        make_config(packed, tmp_path / "whole", name),
+        make_config(packed, tmp_path / "run", name, save=save),
+    )
+    fit(whole)
+    interrupt(config, 3, signal.SIGKILL)
+    interrupt(config, 6, signal.SIGTERM)
+    assert fit(config).resumed_from is not None
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_stopping_at_many_steps_changes_nothing(packed, tmp_path, name):

@@ -201,20 +201,30 @@ def export(
     check: Annotated[
         bool, typer.Option("--check", help="Load the result with plain transformers and compare its logits with ours.")
     ] = False,
+    max_shard: Annotated[str, typer.Option(help="Largest size of one file of weights, such as 500MB.")] = "5GB",
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face model: safetensors, config, tokenizer and chat template.
 
+    The weights are copied one tensor after the other, so a model may be larger than memory (not with --check).
+
     Example:
 
         llmt-train export runs/pt exported/pt --check
     """
+    from llmt_shared.config import parse_bytes
+    from llmt_shared.errors import ConfigError
+
+    try:
+        size = parse_bytes(max_shard)
+    except ValueError as error:
+        raise ConfigError(f"--max-shard: {error}") from None
     from dataclasses import asdict
 
     from llmt_train.export import export as export_model
 
-    result = export_model(checkpoint, directory, adapter=adapter, check=check, force=force)
+    result = export_model(checkpoint, directory, adapter=adapter, check=check, force=force, max_shard=size)
     if as_json:
         typer.echo(json.dumps(asdict(result)))
         return

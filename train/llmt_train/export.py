@@ -20,11 +20,14 @@ from llmt_shared.errors import ConfigError, DataError, FormatError
 from llmt_train import checkpoints
 from llmt_train.data.batch import collate
 from llmt_train.model.adapters import merge_adapters
+from llmt_train.model.disk import Piece, on_disk, pieces_of, write_files
 from llmt_train.quiet import quiet_transformers
-from llmt_train.trained import load_checkpoint_model
+from llmt_train.trained import load_checkpoint_model, load_checkpoint_skeleton
 
 TOLERANCE = 1e-5
 """Largest difference of a logit, in fp32 and on the same input, that `check` accepts."""
+MAX_SHARD = 5 * 10**9
+"""Bytes."""
 _PROBE_LENGTHS = (7, 1, 19, 33)
 _PROBE_TEXTS = ("Hello, world!", "  two  spaces\n\n\ttab", "def f(x):\n    return x ** 2", "naïve café 東京 🙂")
 
@@ -42,11 +45,19 @@ class ExportResult:
 
 
 def export(
-    source: Path, directory: Path, *, adapter: bool = False, check: bool = False, force: bool = False
+    source: Path,
+    directory: Path,
+    *,
+    adapter: bool = False,
+    check: bool = False,
+    force: bool = False,
+    max_shard: int = MAX_SHARD,
 ) -> ExportResult:
     """Write a checkpoint's model as safetensors with config, generation config, tokenizer and chat template.
 
-    Adapters are merged into the weights, which are then fp32.
+    One tensor after the other, so that the model never is in memory as a whole; but it is where adapters are merged
+    into the weights (which are then fp32), for the check, and for families whose tensors in files are several in
+    memory.
 
     Args:
         source: a run's output folder (its newest checkpoint) or a checkpoint.
@@ -54,6 +65,7 @@ def export(
         adapter: write the adapters alone, as `peft` reads them; they name the model that they belong to.
         check: load the result with plain transformers and compare.
         force: replace an earlier export.
+        max_shard: bytes of one file of weights; a larger tensor has one of its own.
 
     Raises:
         ConfigError: ``directory`` holds something; the run has no adapters, or trained more than them; its rows were
@@ -66,18 +78,17 @@ def export(
         raise ConfigError(f"{checkpoint}: learned synthetic rows, which have no tokenizer: there is nothing to export")
     _check_target(directory, force)
     temporary = directory.with_name(f".{directory.name}.partial")
+    _check_adapters(checkpoint, adapter)
     with quiet_transformers():
-        model = load_checkpoint_model(checkpoint)
-        _settle_adapters(model, checkpoint, adapter)
         shutil.rmtree(temporary, ignore_errors=True)
         try:
-            _write(model, checkpoint, temporary)
+            model = _write(checkpoint, temporary, adapter, max_shard)
             odd = _tokenizer_mistake(temporary)
             if odd is not None and check:
                 raise FormatError(f"{directory}: {odd}")
             if odd is not None:
                 print(f"warning: {directory}: {odd}", file=sys.stderr)  # noqa: T201  stdout is for results
-            difference = _check(model, temporary) if check else None
+            difference = _check(model or load_checkpoint_model(checkpoint), temporary) if check else None
             size = sum(path.stat().st_size for path in temporary.glob("*.safetensors"))
             _rename(temporary, directory)
         finally:
@@ -85,11 +96,9 @@ def export(
     return ExportResult(str(checkpoint), str(directory), size, difference)
 
 
-def _settle_adapters(model: Any, checkpoint: Path, adapter: bool) -> None:
-    """Merge adapters, or make sure that they are all there is to write."""
+def _check_adapters(checkpoint: Path, adapter: bool) -> None:
+    """Make sure that adapters are all there is to write, where they are wanted alone."""
     lora = checkpoints.read_config(checkpoint).get("lora")
-    if lora and not adapter:
-        merge_adapters(model)
     if adapter and not (lora and not lora["train_also"]):
         what = "more than adapters (lora.train_also)" if lora else "no adapters"
         raise ConfigError(f"{checkpoint}: the run trained {what}; export it without --adapter")
@@ -108,28 +117,72 @@ def _check_target(directory: Path, force: bool) -> None:
         raise ConfigError(f"{directory}: is no earlier export (it has no config.json); --force replaces only those")
 
 
-def _write(model: Any, checkpoint: Path, directory: Path) -> None:
+def _write(checkpoint: Path, directory: Path, adapter: bool, max_shard: int) -> Any:
+    """Write a folder; return the model, where it had to be loaded for that."""
     tokenizer = checkpoint.parent.parent / "tokenizer"
     if not (tokenizer / "tokenizer.json").is_file():
         raise FormatError(f"{tokenizer}: no tokenizer.json; a checkpoint is exported from inside its run's folder")
     config = checkpoints.read_config(checkpoint)
-    in_bf16 = config["precision"] == "bf16-true" and not config.get("lora")
+    dtype = torch.bfloat16 if config["precision"] == "bf16-true" and not config.get("lora") else torch.float32
     directory.mkdir(parents=True)
-    model.config.use_cache = True  # training switches it off
-    model.config.__dict__.pop("auto_map", None)  # it names code that is not exported; transformers' own was trained
-    generation_class: Any = GenerationConfig
-    model.generation_config = generation_class()
+    model = None
     try:
-        # Weights keep the precision that they were trained in; those with merged adapters are sums in fp32.
-        _cast(model, torch.bfloat16 if in_bf16 else torch.float32).save_pretrained(directory)
-    except SafetensorError as error:
+        if config.get("lora") or not _stream(checkpoint, directory, dtype, max_shard):
+            model = load_checkpoint_model(checkpoint)
+            if config.get("lora") and not adapter:
+                merge_adapters(model)
+            _write_whole(model, directory, dtype, max_shard)
+    except (SafetensorError, OSError) as error:
         raise DataError(f"{directory}: the weights cannot be written: {error}") from None
-    _cast(model, torch.float32)
     # Not by `save_pretrained`, which refuses settings that published models have (a temperature without sampling).
+    generation_class: Any = GenerationConfig
     generation = generation_class.from_dict(checkpoints.read_json(checkpoint, "generation_config.json"))
     generation.to_json_file(directory / "generation_config.json")
     checkpoints.copy_files(tokenizer, directory)
     _name_tokenizer_class(directory / "tokenizer_config.json")
+    return model
+
+
+def _stream(checkpoint: Path, directory: Path, dtype: torch.dtype, max_shard: int) -> bool:
+    """Write config and weights, one tensor after the other; return whether that can be done."""
+    checkpoints.check_undamaged(checkpoint)
+    skeleton, stored = load_checkpoint_skeleton(checkpoint), checkpoints.StoredModel(checkpoint)
+    try:
+        pieces = pieces_of(skeleton, stored.shapes, dtype)
+    except FormatError as error:
+        raise FormatError(f"{checkpoint}: {error}") from None
+    if pieces is None:
+        family = skeleton.config.model_type
+        print(f"note: {family}: tensors in files are several in memory; loading the whole model", file=sys.stderr)  # noqa: T201
+        return False
+
+    def read(piece: Piece) -> dict[str, Tensor]:
+        tensor = torch.empty(piece.empty.shape, dtype=piece.empty.dtype)
+        several = len(piece.parts) > 1
+        views = torch.split(tensor, [stored.shapes[part][0] for part in piece.parts]) if several else (tensor,)
+        stored.read(dict(zip(piece.parts, views, strict=True)))
+        return on_disk(skeleton, piece.name, tensor)
+
+    write_files(directory, pieces, read, max_shard)
+    _settle_config(skeleton)
+    skeleton.config.dtype = str(dtype).removeprefix("torch.")
+    skeleton.config.architectures = [type(skeleton).__name__]
+    skeleton.config.save_pretrained(directory)
+    return True
+
+
+def _write_whole(model: Any, directory: Path, dtype: torch.dtype, max_shard: int) -> None:
+    """Write config and weights. They keep the precision that they were trained in; merged, they are sums in fp32."""
+    _settle_config(model)
+    generation_class: Any = GenerationConfig
+    model.generation_config = generation_class()
+    _cast(model, dtype).save_pretrained(directory, max_shard_size=max_shard)
+    _cast(model, torch.float32)
+
+
+def _settle_config(model: Any) -> None:
+    model.config.use_cache = True  # training switches it off
+    model.config.__dict__.pop("auto_map", None)  # it names code that is not exported; transformers' own was trained
 
 
 def _cast(model: Any, dtype: torch.dtype) -> Any:

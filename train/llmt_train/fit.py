@@ -143,7 +143,8 @@ def _train(
             plan, flops_of(setup.model), peak_of_this_device(_computes_in_bf16(config)), lambda: batches.waited
         )
         before = by_first(lambda: recent_losses(read_metrics(config.output)))
-        save = partial(_save, setup)
+        saver = stack.enter_context(checkpoints.Saver(config.output, config.save))
+        save = partial(_save, setup, saver)
         losses = deque(before, maxlen=WINDOW)
         run = Run(setup, process, metrics, loggers, reporter, stop, meter, losses, save, sampler, samples)
         trainer = build_trainer(setup, StepCallback(run), max_steps=plan.total_steps)
@@ -178,20 +179,18 @@ def build_module(setup: Setup) -> TrainModule:
     )
 
 
-def _save(setup: Setup, trainer: pl.Trainer, step: int, eval_loss: float | None) -> None:
+def _save(setup: Setup, saver: checkpoints.Saver, trainer: pl.Trainer, step: int, eval_loss: float | None) -> None:
     config, model = setup.config, setup.model
     generation = model.generation_config
-    checkpoints.save_checkpoint(
-        config.output,
+    saver.save(
         Begun(setup.plan, setup.dataset.digest, setup.base).state(step, eval_loss),
         {
             checkpoints.RUN_CONFIG: config.model_dump(mode="json"),
             checkpoints.MODEL_CONFIG: model.config.to_dict(),
             "generation_config.json": generation.to_dict() if generation else {},
         },
-        partial(checkpoints.save_training, snapshot=snapshot(trainer)),
+        snapshot(trainer),
     )
-    by_first(lambda: checkpoints.prune(config.output, config.save.keep, config.save.keep_best))
 
 
 def build_trainer(setup: Setup, callback: pl.Callback, *, max_steps: int) -> pl.Trainer:

@@ -13,6 +13,7 @@ from llmt_train.attention import NAME, register
 from llmt_train.config import LoraConfig
 from llmt_train.model.adapt import resize_embeddings
 from llmt_train.model.adapters import add_adapters
+from llmt_train.model.fused import disk_names, split_fused
 from llmt_train.model.load import load_model
 from llmt_train.reference import fingerprint
 
@@ -24,21 +25,34 @@ def load_checkpoint_model(checkpoint: Path) -> Any:
         ConfigError: its adapters belong to a model that cannot be loaded.
         FormatError: the weights are not those of the config beside them, or the adapters not of the model.
     """
-    register()
     config = checkpoints.read_config(checkpoint)
     checkpoints.check_undamaged(checkpoint)
     if config.get("lora"):
         model = _adapted(checkpoint, config)
         checkpoints.read_model(checkpoint, model, trained_alone=True)
         return model.eval()
-    classes: Any = AutoModelForCausalLM
-    model_config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
-    model = classes.from_config(model_config, attn_implementation=NAME, dtype=torch.float32, trust_remote_code=False)
+    model = _from_config(checkpoint)
+    stored = checkpoints.StoredModel(checkpoint).shapes
+    if any(len(parts) > 1 for parts in disk_names(model.config, stored).values()):
+        split_fused(model)
     try:
         checkpoints.read_model(checkpoint, model)
     except FormatError as error:
         raise FormatError(f"{checkpoint}: the weights do not fit config.json: {error}") from None
     return model.eval()
+
+
+def load_checkpoint_skeleton(checkpoint: Path) -> Any:
+    """Return a checkpoint's model without weights, on the meta device, its layers as transformers has them."""
+    with torch.device("meta"):
+        return _from_config(checkpoint)
+
+
+def _from_config(checkpoint: Path) -> Any:
+    register()
+    classes: Any = AutoModelForCausalLM
+    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    return classes.from_config(config, attn_implementation=NAME, dtype=torch.float32, trust_remote_code=False)
 
 
 def _adapted(checkpoint: Path, config: Mapping[str, Any]) -> Any:

@@ -22,8 +22,8 @@ from llmt_train.parallel.layout import Layout
 from llmt_train.parallel.mesh import build_mesh
 
 LAYOUTS = {
-    "dp2 x tp2": Layout(shard=2, tp=2), "dp4": Layout(shard=4), "dp2": Layout(shard=2), "tp2": Layout(tp=2),
-    "hsdp": Layout(replicate=2), "fsdp1": Layout(),
+    "dp2 x tp2": Layout(shard=2, tp=2), "dp4": Layout(shard=4), "tp2": Layout(tp=2),
+    "hsdp": Layout(replicate=2),
 }  # fmt: skip
 OPTIMIZERS = {
     "adamw": AdamwConfig(optimizer="adamw", lr=0.1, weight_decay=0.1),
@@ -135,19 +135,22 @@ def test_a_plain_model_goes_to_the_disk_and_back(tmp_path: Path, name: str) -> N
     assert_equal(run("plain", load_here, tmp_path, "plain", name)[0], saved)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
-def test_two_by_two_devices_go_to_any_other_layout(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "layouts"),
+    [("adamw", ["dp2 x tp2", "dp4", "tp2", "plain"]), ("muon", ["tp2", "plain"]), ("adafactor", ["tp2", "plain"])],
+)
+def test_two_by_two_devices_go_to_any_other_layout(tmp_path: Path, name: str, layouts: list[str]) -> None:
     saved = run("dp2 x tp2", save_here, tmp_path, "dp2 x tp2", name)
     stepped = {}
-    for layout in ("dp2 x tp2", "dp4", "tp2", "fsdp1", "plain"):
+    for layout in layouts:
         loaded, stepped[layout] = run(layout, load_here, tmp_path, layout, name)
         assert_equal(loaded, saved)
-    for layout in ("dp4", "tp2", "fsdp1", "plain"):
+    for layout in layouts:
         for key, tensor in stepped[layout].items():
-            np.testing.assert_allclose(tensor, stepped["dp2 x tp2"][key], rtol=1e-5, atol=1e-6, err_msg=key)
+            np.testing.assert_allclose(tensor, stepped["plain"][key], rtol=1e-5, atol=1e-6, err_msg=key)
 
 
-@pytest.mark.parametrize("layout", ["plain", "dp2", "hsdp"])
+@pytest.mark.parametrize("layout", ["plain", "hsdp"])
 def test_other_layouts_go_to_two_by_two_devices(tmp_path: Path, layout: str) -> None:
     saved = run(layout, save_here, tmp_path, layout, "adamw")
     assert_equal(run("dp2 x tp2", load_here, tmp_path, "dp2 x tp2", "adamw")[0], saved)

@@ -16,8 +16,10 @@ from llmt_train.checkpoints.folders import (
     read_state,
 )
 from llmt_train.checkpoints.resumable import check_resumable
+from llmt_train.checkpoints.saver import Saver
 from llmt_train.checkpoints.training import (
     Snapshot,
+    StoredModel,
     load_training,
     read_model,
     save_training,
@@ -30,8 +32,10 @@ __all__ = [
     "RUN_CONFIG",
     "TENSORS",
     "TRAINER",
+    "Saver",
     "Snapshot",
     "State",
+    "StoredModel",
     "best_checkpoints",
     "check_resumable",
     "check_undamaged",

@@ -100,6 +100,7 @@ class Writing:
     def hold(self) -> None:
         """Copy what this rank writes to the host's memory: the tensors may then change."""
         agreed(lambda: self._planner.hold(self._plan))
+        self._writer.per_thread_copy_ahead = 0  # a thread that only writes shall not touch the (first!) GPU
 
     def finish(self) -> list[Path]:
         """Write, all ranks together; return the files that this rank wrote."""
@@ -114,7 +115,7 @@ class Writing:
     def _own_plan(self, tensors: Mapping[str, Tensor]) -> SavePlan:
         first = own_rank() == 0
         self._planner.set_up_planner(dict(tensors), self._writer.storage_meta(), first)
-        self._writer.set_up_storage_writer(first, rank=own_rank(), use_collectives=True)
+        self._writer.set_up_storage_writer(first)
         return self._writer.prepare_local_plan(self._planner.create_local_plan())
 
     def _divide(self, plans: list[SavePlan]) -> list[SavePlan]:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
 from llmt_shared.errors import FormatError
@@ -101,7 +100,7 @@ def collect(
     for part in _parts(optimizers):
         states = {names[parameter]: part.state[parameter] for parameter in _stepped(part) if parameter in part.state}
         for name, state in states.items():
-            tensors |= {f"{_OPTIMIZER}{name}.{key}": _whole(value) for key, value in _tensors(state).items()}
+            tensors |= {f"{_OPTIMIZER}{name}.{key}": value for key, value in _tensors(state).items()}
         plain.append(
             {
                 "groups": [_plain_group(group, names) for group in part.param_groups],
@@ -160,6 +159,21 @@ def read_model(folder: Path, model: nn.Module, *, trained_alone: bool = False) -
     wanted = _model_tensors(model, trained_alone)
     _check_names(folder, wanted, index)
     read(folder / TENSORS, wanted, index)
+
+
+class StoredModel:
+    """A model's tensors in a checkpoint, by the model's own names, to be read a few at a time."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        """Read what there is; raises FormatError where that is damaged."""
+        self._folder = checkpoint / TENSORS
+        self._index = read_index(self._folder)
+        named = self._index.tensors.items()
+        self.shapes = {name.removeprefix(_MODEL): s.shape for name, s in named if name.startswith(_MODEL)}
+
+    def read(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fill tensors in place; raises as `sharded.read`."""
+        read(self._folder, {_MODEL + name: tensor for name, tensor in tensors.items()}, self._index)
 
 
 def read_plain(path: Path) -> Plain:
@@ -232,13 +246,6 @@ def _plain_group(group: Mapping[str, Any], names: Mapping[nn.Parameter, str]) ->
     return own | {"params": [names[parameter] for parameter in group["params"]]}
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """Sums that are still to be taken over ranks are no part of a tensor."""
-    if isinstance(tensor, DTensor) and any(placement.is_partial() for placement in tensor.placements):
-        return tensor.redistribute(placements=[Replicate() if p.is_partial() else p for p in tensor.placements])
-    return tensor
-
-
 def _prepare(
     folder: Path, optimizer: Optimizer, saved: Plain, names: Mapping[nn.Parameter, str], index: Index
 ) -> dict[str, Tensor]:
@@ -264,7 +271,7 @@ def _prepare(
 
 
 def _empty(parameter: nn.Parameter, stored: Stored, counts_on_device: bool) -> Tensor:
-    """A tensor for a state of a parameter: laid out as the parameter is, where it has its shape."""
+    """A tensor for a state of a parameter: laid out as the parameter is, where it has its shape; else whole."""
     dtype = stored.torch_dtype
     if not stored.shape:  # a count of steps
         return torch.empty((), dtype=dtype, device=parameter.device if counts_on_device else "cpu")
@@ -272,7 +279,4 @@ def _empty(parameter: nn.Parameter, stored: Stored, counts_on_device: bool) -> T
         dtype = parameter.dtype
     if stored.shape == tuple(parameter.shape):
         return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
-    if not isinstance(parameter, DTensor):
-        return torch.empty(stored.shape, dtype=dtype, device=parameter.device)
-    local = torch.empty(stored.shape, dtype=dtype, device=parameter.to_local().device)
-    return DTensor.from_local(local, parameter.device_mesh, [Replicate()] * parameter.device_mesh.ndim, run_check=False)
+    return torch.empty(stored.shape, dtype=dtype, device=parameter.device)

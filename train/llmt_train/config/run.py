@@ -81,6 +81,8 @@ class SaveConfig(StrictModel):
     """Newest checkpoints that stay on disk."""
     keep_best: Annotated[int, Ge(0)] = 0
     """Checkpoints that stay beside them because their held-out loss is lowest; 0 is none."""
+    asynchronous: bool = False
+    """Write while the training goes on; each process needs memory of the host for a copy of its weights and state."""
 
 
 _SECTIONS = {

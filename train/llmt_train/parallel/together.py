@@ -1,11 +1,12 @@
 """What all ranks do as one: an error of any of them is raised on all, so that none waits for one that has given up.
 
 Without a process group a process is alone, and all of this is a plain call. What is exchanged goes over gloo, in a
-group of its own: a thread may use it while the training exchanges gradients.
+group of its own; a thread that runs beside the training needs a `Channel`, for in a group all ranks speak in one order.
 """
 
 import socket
 from collections.abc import Callable
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -98,17 +99,46 @@ def divided(value: T, divide: Callable[[list[T]], list[R]]) -> R:
     return cast("R", own[0])
 
 
+class Channel:
+    """A group of its own for a thread: while it is entered, what that thread exchanges goes over it."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self._group = group
+
+    def __enter__(self) -> None:
+        """Of this thread alone: others have values of their own."""
+        self._token = _own_group.set(self._group)
+
+    def __exit__(self, *_: object) -> None:
+        """Back to the group that was there."""
+        _own_group.reset(self._token)
+
+
+def new_channel() -> Channel:
+    """Make a channel; all ranks together, in their main threads."""
+    return Channel(_new_group() if num_ranks() > 1 else None)
+
+
+_own_group: ContextVar[dist.ProcessGroup | None] = ContextVar("group", default=None)
+
+
 def control_group() -> dist.ProcessGroup:
-    """Return the group of all ranks that these functions use; every rank makes it at the same moment, on first use."""
+    """Return the group that these functions use; every rank makes it at the same moment, on first use."""
     world = dist.group.WORLD
     assert world is not None
-    return _control_group_of(world)
+    return _own_group.get() or _group_beside(world)
 
 
 @lru_cache(maxsize=1)
-def _control_group_of(world: dist.ProcessGroup) -> dist.ProcessGroup:
-    del world
-    return cast("dist.ProcessGroup", dist.new_group(backend="gloo"))
+def _group_beside(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    del world  # a new one has a new group
+    return _new_group()
+
+
+def _new_group() -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def _describe(error: Exception) -> Failure:
