@@ -17,6 +17,7 @@ from llmt_train import checkpoints
 from llmt_train.callbacks import Run, StepCallback
 from llmt_train.check.preflight import Begun, check_resumption
 from llmt_train.config import RunConfig
+from llmt_train.data.batch import PackedBatch
 from llmt_train.data.stream import Plan, Prefetched, train_batches
 from llmt_train.lock import NAME as LOCK
 from llmt_train.lock import locked
@@ -25,6 +26,7 @@ from llmt_train.optim import build_optimizer
 from llmt_train.parallel.environment import JoinedGroup
 from llmt_train.parallel.mesh import is_first
 from llmt_train.parallel.process import Process, joined
+from llmt_train.parallel.reduction import summed
 from llmt_train.parallel.strategy import LaidOut, snapshot
 from llmt_train.parallel.together import by_first
 from llmt_train.policy import uses_bf16
@@ -139,9 +141,7 @@ def _train(
         rows, pairing, rank = setup.dataset.train, setup.pairing["train"], setup.mesh.dp.rank
         batches = Prefetched(lambda: setup.own_tokens(train_batches(rows, plan, step, pairing, rank)))
         stack.callback(batches.close)
-        meter = Meter(
-            plan, flops_of(setup.model), peak_of_this_device(_computes_in_bf16(config)), lambda: batches.waited
-        )
+        meter = _meter(setup, batches)
         before = by_first(lambda: recent_losses(read_metrics(config.output)))
         saver = stack.enter_context(checkpoints.Saver(config.output, config.save))
         save = partial(_save, setup, saver)
@@ -149,6 +149,17 @@ def _train(
         run = Run(setup, process, metrics, loggers, reporter, stop, meter, losses, save, sampler, samples)
         trainer = build_trainer(setup, StepCallback(run), max_steps=plan.total_steps)
         trainer.fit(build_module(setup), batches, ckpt_path=start, weights_only=True)
+
+
+def _meter(setup: Setup, batches: Prefetched[PackedBatch]) -> Meter:
+    peak = peak_of_this_device(_computes_in_bf16(setup.config))
+    return Meter(
+        setup.plan,
+        flops_of(setup.model),
+        None if peak is None else peak * setup.mesh.layout.world,
+        lambda: batches.waited,
+        lambda amounts: summed(amounts, setup.mesh.dp),
+    )
 
 
 def _computes_in_bf16(config: RunConfig) -> bool:

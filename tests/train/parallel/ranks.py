@@ -46,7 +46,7 @@ def on_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[
             if len(answers) < world:
                 process.kill()
             process.join()
-    silent = {rank: (False, "ended without an answer, or gave none in time") for rank in range(world)}
+    silent = dict.fromkeys(range(world), (False, "ended without an answer, or gave none in time"))
     answers = silent | answers
     failures = [f"rank {rank}:\n{text}" for rank, (is_right, text) in sorted(answers.items()) if not is_right]
     assert not failures, "\n".join(failures)

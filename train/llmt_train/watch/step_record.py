@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from llmt_train.data.batch import PackedBatch
 from llmt_train.data.stream import Plan, rows_consumed
@@ -23,15 +24,24 @@ _SHORTEST = 1e-9  # seconds; a clock may stand still
 class Meter:
     """Measures steps one after another: of each its batches, its time, and its waiting for batches."""
 
-    def __init__(self, plan: Plan, flops: ModelFlops | None, peak: float | None, waited: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        flops: ModelFlops | None,
+        peak: float | None,
+        waited: Callable[[], float],
+        over_ranks: Callable[[Tensor], Tensor] = lambda amounts: amounts,
+    ) -> None:
         """Keep what the speed of a step is measured by.
 
         Args:
             plan: the run's.
             flops: what the model needs; ``None`` where it is not known.
-            peak: FLOP/s of the device; ``None`` where it is not known, or is not of the run's arithmetic.
+            peak: FLOP/s of all devices; ``None`` where it is not known, or is not of the run's arithmetic.
             waited: seconds for which the run has waited for batches so far.
+            over_ranks: adds up amounts of those that read different rows; all call `read` together then.
         """
+        self._over_ranks = over_ranks
         self._plan = plan
         self._flops = flops
         self._peak = peak
@@ -58,28 +68,31 @@ class Meter:
         ``tokens`` and ``rows`` were consumed up to it, padding included; ``tokens_per_s`` counts the same of this step
         alone. ``fill`` is the share of its tokens that is no padding, ``data_wait`` the share of its time spent
         waiting for a batch, ``peak_memory`` the most bytes held so far. Its arithmetic (see `flops`) is ``mfu``, a
-        share of the device's peak, or else ``tflops``, 1e12 FLOP/s. What a live reference computes is not counted.
+        share of the devices' peak, or else ``tflops``, 1e12 FLOP/s. What a live reference computes is not counted.
+        Amounts and speeds are of all ranks together; ``data_wait`` and ``peak_memory`` are of this one.
         """
         now = time.monotonic()
         seconds, waited = max(now - self._clock, _SHORTEST), self._waited() - self._waited_before
         before, rows = rows_consumed(self._plan, step - 1), rows_consumed(self._plan, step)
         tokens = (rows - before) * self._plan.length
         lengths = np.array(self._lengths, np.int64)
+        flops = 0.0 if self._flops is None else step_flops(self._flops, lengths)
+        amounts = self._over_ranks(torch.tensor([lengths.sum(), flops], dtype=torch.float64))
+        num_real, flops = amounts.tolist()
         self._begin(now)
         return {
             "tokens": rows * self._plan.length,
             "rows": rows,
             "tokens_per_s": round(tokens / seconds, 1),
-            **self._speed(lengths, seconds),
-            "fill": int(lengths.sum()) / tokens,
+            **self._speed(flops / seconds),
+            "fill": num_real / tokens,
             "data_wait": round(min(waited / seconds, 1.0), 4),
             "peak_memory": _peak_memory(self._on_gpu),
         }
 
-    def _speed(self, lengths: np.ndarray[Any, Any], seconds: float) -> dict[str, float]:
+    def _speed(self, speed: float) -> dict[str, float]:
         if self._flops is None:
             return {}
-        speed = step_flops(self._flops, lengths) / seconds
         return {"tflops": round(speed / 1e12, 6)} if self._peak is None else {"mfu": round(speed / self._peak, 4)}
 
 
@@ -92,7 +105,7 @@ def flops_of(model: Any) -> ModelFlops | None:
 
 
 def peak_of_this_device(computes_in_bf16: bool) -> float | None:
-    """Return the FLOP/s that MFU is a share of; ``None`` where the device is not known or computes in fp32."""
+    """Return the FLOP/s of which MFU is a share; ``None`` where the device is not known or computes in fp32."""
     name = this_device_name()
     return peak_flops(name) if name is not None and computes_in_bf16 else None
 
