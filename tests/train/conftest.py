@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmt_train.config import ParallelConfig
+from llmt_train.parallel.process import joined
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -30,6 +33,13 @@ def all_threads(one_thread: int) -> Iterator[None]:
     torch.set_num_threads(one_thread)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """A process group of one, for tests of what a run does inside."""
+    with joined(ParallelConfig()):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,8 @@ from llmt_train.watch.blame import describe_spike
 from llmt_train.watch.metrics import read_metrics
 from llmt_train.watch.spikes import Usual
 
+pytestmark = pytest.mark.usefixtures("process_group")
+
 LLAMA = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
     "num_attention_heads": 4, "max_position_embeddings": 256,

@@ -21,9 +21,12 @@ from llmt_shared.dataset import open_dataset
 from llmt_shared.errors import ConfigError
 from llmt_train.config import RunConfig
 from llmt_train.fit import build_module, fit
+from llmt_train.parallel.optim import whole
 from llmt_train.setup import Setup, set_up
 from llmt_train.watch.metrics import read_metrics
 from llmt_train.watch.samples import Prompt, Sampler, choose, generate, prepare_sampler
+
+pytestmark = pytest.mark.usefixtures("process_group")
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -71,7 +74,7 @@ def written_alone(model: Any, ids: list[int], count: int, stops: frozenset[int])
     """The likeliest continuation by transformers' own attention, one text at a time, nothing packed."""
     config = AutoConfig.for_model(**model.config.to_dict())
     plain = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    plain.load_state_dict(model.state_dict())
+    plain.load_state_dict({name: whole(tensor) for name, tensor in model.state_dict().items()})
     found: list[int] = []
     while len(found) < count and not (found and found[-1] in stops):
         with torch.no_grad():
