@@ -15,7 +15,7 @@ from train.tiny_models import tiny
 from llmt_shared import order
 from llmt_shared.dataset import open_dataset
 from llmt_shared.errors import ConfigError
-from llmt_train import setup
+from llmt_train import policy
 from llmt_train.check import check as module
 from llmt_train.check.check import check
 from llmt_train.check.devices import Device, this_device
@@ -82,7 +82,7 @@ def test_the_learning_rate_falls_over_the_last_steps(data, schedule, steps):
 
 
 def test_time_is_arithmetic_by_speed(data, monkeypatch):
-    monkeypatch.setattr(module, "this_device", lambda bf16: this_device(bf16)._replace(flops=1e9, utilisation=0.5))
+    monkeypatch.setattr(module, "this_device", lambda *of: this_device(*of)._replace(flops=1e9, utilisation=0.5))
     time = check(make(data)).time
     assert time.seconds_per_step == pytest.approx(time.flops_per_step / 5e8)
     assert time.seconds == pytest.approx(time.seconds_per_step * 48 / 5)
@@ -154,7 +154,7 @@ def saved(tmp_path) -> Path:
 
 def test_weights_are_never_read(data, saved, monkeypatch):
     (saved / "model.safetensors").write_bytes(b"no weights")
-    monkeypatch.setattr(setup, "load_model", lambda *_, **__: pytest.fail("loads a model"))
+    monkeypatch.setattr(policy, "load_model", lambda *_, **__: pytest.fail("loads a model"))
     report = check(make(data, model=str(saved)))
     assert report.problems == []
     assert report.data.common_tokens == WORDS
@@ -214,7 +214,7 @@ def test_a_run_that_has_begun_is_resumed_or_refused(data, tmp_path):
 
 
 def small_device(size: float) -> Callable[..., Device]:
-    return lambda bf16: this_device(bf16)._replace(name="small", memory=math.ceil(1.5 * size + 1.5e9))
+    return lambda *of: this_device(*of)._replace(name="small", memory=math.ceil(1.5 * size + 1.5e9))
 
 
 def test_a_run_that_does_not_fit_says_what_would(data, monkeypatch):
