@@ -90,7 +90,8 @@ def check(
         str | None, typer.Option(help="GPU that is to train it, such as H100 or `A100 40GB`; else this machine.")
     ] = None,
     devices: Annotated[
-        int | None, typer.Option(min=1, help="How many devices are to train it; else what `parallel` or this machine says.")
+        int | None,
+        typer.Option(min=1, help="How many devices are to train it; else what `parallel` or this machine says."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

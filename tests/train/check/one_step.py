@@ -1,14 +1,14 @@
-"""A step of a tiny model over devices, under count: with numbers on ranks that are there, without on one that is not."""
+"""A step of a tiny model over devices, under count: with numbers on ranks that are, without on one that is not.
 
-import time
+Both attend to all pieces as one; `test_dryrun` compares that with what pieces need.
+"""
+
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from train.tiny_models import CONFIGS, packed
 
 from llmt_train.check.dryrun import (
@@ -75,37 +75,20 @@ class Found(NamedTuple):
     update: StepPeaks
 
 
-def with_numbers(steps: Sequence[Step]) -> list[Found]:
-    """On a rank that is there; all ranks call it."""
+def on_real_ranks(steps: Sequence[Step]) -> list[Found]:
+    """With numbers, on a rank that is there; all ranks call it."""
     torch.set_num_threads(1)
-    return [_with_numbers(step) for step in steps]
+    return [with_numbers(step, build_mesh(step.layout, "cpu")) for step in steps]
 
 
-def _with_numbers(step: Step) -> Found:
-    mesh, model = build_mesh(step.layout, "cpu"), load_model(step.spec)
+def with_numbers(step: Step, mesh: Mesh) -> Found:
+    """On any rank; on one whose others are not there numbers are what they may be."""
+    model = load_model(step.spec)
     split_fused(model)
     tensor_parallel(model, mesh, sp=step.sp)
     shard(model, mesh, compute=step.compute)
     recompute(model, CheckpointingConfig(policy=step.policy))
-    batch = shard_tokens(BATCH, step.tokens(mesh))
-    with Patient():
-        return _found(step, model, batch, mesh, "auto")
-
-
-class Patient(TorchDispatchMode):
-    """Waits after every message: gloo lets go of what it has sent a moment after it has sent it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._has_sent = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented
-        if self._has_sent:
-            time.sleep(0.01)
-        self._has_sent = func.namespace == "c10d"
-        return func(*args, **(kwargs or {}))
+    return _found(step, model, shard_tokens(BATCH, step.tokens(mesh)), mesh)
 
 
 def without_numbers(step: Step, rank: int = 0) -> Found:
@@ -117,17 +100,17 @@ def without_numbers(step: Step, rank: int = 0) -> Found:
     def found(mesh: Mesh) -> Found:
         batch = shard_tokens(BATCH, step.tokens(mesh))
         with laid_out_copy(skeleton, batch, mesh, sp=step.sp, compute=step.compute) as (model, fake_batch):
-            return _found(step, model, fake_batch, mesh, cpu_attention)
+            return _found(step, model, fake_batch, mesh)
 
     return as_rank(step.layout, rank, found)
 
 
-def _found(step: Step, model: nn.Module, batch: Any, mesh: Mesh, attention: Any) -> Found:
+def _found(step: Step, model: nn.Module, batch: Any, mesh: Mesh) -> Found:
     warm_up(model)
     head: HeadSpec | None = likely_head(model, step.tokens(mesh)) if step.has_head else None
     return Found(
         sum(storage_of(parameter).nbytes() for parameter in model.parameters()),
         whole_outside_layers(model),
-        micro_batch(model, head, step.task, batch, attention=attention, exchanges_once=step.exchanges_once),
+        micro_batch(model, head, step.task, batch, attention=cpu_attention, exchanges_once=step.exchanges_once),
         optimizer_step(model, partial(build_optimizer, config=step.optimizer)),
     )

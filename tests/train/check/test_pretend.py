@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from train.parallel.ranks import on_ranks
 
 from llmt_train.check.pretend import as_rank
@@ -12,7 +13,6 @@ from llmt_train.parallel.layout import Layout, Place
 from llmt_train.parallel.mesh import Mesh, build_mesh
 from llmt_train.parallel.optim import whole
 from llmt_train.parallel.sharding import shard
-from torch.distributed.tensor import DTensor
 
 
 def test_a_rank_stands_where_its_layout_says():

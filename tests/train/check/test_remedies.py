@@ -29,7 +29,7 @@ def needs(run: RunConfig) -> Memory:
     half = 2 if run.precision == "bf16-true" else 1
     cast = 1 if run.precision == "fp32" else 2
     kept = run.batch.micro_rows * KEPT[run.train.checkpointing.policy] // cast
-    return Memory(1000 // half, 0, 0, 0, kept, 0, 0)
+    return Memory(1000 // half, 0, 0, 0, kept, 0, 0, 0)
 
 
 def found(run: RunConfig, limit: float) -> list[tuple[str, int]]:

@@ -108,8 +108,10 @@ def micro_batch(
 
 
 def _counted(model: Any, run: Callable[[], None], counter: LiveBytes) -> tuple[Moment, list[Moment]]:
-    """What is alive after the layers' forward pass; the fullest moments of it, of the time until the layers' backward
-    pass, and of that."""
+    """Run; return what is alive after the layers' forward pass, and the fullest moments.
+
+    These are of that pass, of the time until the layers' backward pass, and of that.
+    """
     borders: list[Moment] = []
     kept: list[Moment] = []
 
@@ -257,7 +259,11 @@ def _empty(parameter: Tensor, dtype: torch.dtype | None) -> Tensor:
     dtype = dtype if dtype is not None and parameter.is_floating_point() else parameter.dtype
     if not isinstance(parameter, DTensor):
         return torch.empty(parameter.shape, dtype=dtype)
-    own, mesh, places = torch.empty(parameter._local_tensor.shape, dtype=dtype), parameter.device_mesh, parameter.placements
+    own, mesh, places = (
+        torch.empty(parameter._local_tensor.shape, dtype=dtype),
+        parameter.device_mesh,
+        parameter.placements,
+    )
     return DTensor.from_local(own, mesh, places, run_check=False, shape=parameter.shape, stride=parameter.stride())
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-import torch.testing._internal.distributed.fake_pg  # noqa: F401  makes the backend "fake" known
+import torch.testing._internal.distributed.fake_pg as fake  # makes the backend "fake" known
 from torch.distributed import distributed_c10d as c10d
 
 from llmt_train.parallel.layout import Layout
@@ -43,7 +43,7 @@ def _world(layout: Layout, rank: int) -> Iterator[None]:
     before = state._world, state._backend, state._default_pg_init_method, sys.excepthook
     world = state._world = _World()
     try:
-        dist.init_process_group("fake", store=dist.HashStore(), rank=rank, world_size=layout.world)
+        dist.init_process_group("fake", store=fake.FakeStore(), rank=rank, world_size=layout.world)
         yield
     finally:
         for name in world.pg_names.values():

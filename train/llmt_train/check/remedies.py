@@ -55,14 +55,15 @@ def remedies(
 
 
 def _first_that_fits(ladder: Ladder, needs: Callable[[RunConfig], Memory], limit: float) -> Change | None:
-    for setting, changed in ladder:
-        try:
-            total = needs(changed).total
-        except Exception:  # a precision or a layout that the model has not: no remedy
-            continue
-        if total <= limit:
-            return Change(setting, total)
-    return None
+    changes = (Change(setting, total) for setting, changed in ladder if (total := _total(changed, needs)) is not None)
+    return next((change for change in changes if change.total <= limit), None)
+
+
+def _total(config: RunConfig, needs: Callable[[RunConfig], Memory]) -> int | None:
+    try:
+        return needs(config).total
+    except Exception:  # a precision or a layout that the model has not: no remedy
+        return None
 
 
 def _fewer_rows(config: RunConfig) -> Ladder:
