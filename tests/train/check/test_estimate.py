@@ -18,6 +18,7 @@ from llmt_train.setup import open_skeleton
 
 LENGTH = 32
 KEYS = {**CONFIGS["llama"], "vocab_size": WORDS}
+ONE = Layout()
 CPU = Machine("cpu")
 GPU = Machine("cuda", (9, 0), frozenset({"triton"}))
 
@@ -41,7 +42,7 @@ def config(data: Path, **more) -> RunConfig:
     return RunConfig.model_validate(given | more)
 
 
-def memory(run: RunConfig, machine: Machine = CPU, layout: Layout = Layout()) -> Memory:
+def memory(run: RunConfig, machine: Machine = CPU, layout: Layout = ONE) -> Memory:
     dataset = open_dataset(run.data)
     compute = torch.bfloat16 if run.precision == "bf16" else None
     skeleton = open_skeleton(run, dataset, machine)

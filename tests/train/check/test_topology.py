@@ -1,11 +1,22 @@
 """How many processes a run has, and what of rows, model and config can be shared out over them."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from train.tiny_models import CONFIGS
 
 from llmt_shared.errors import ConfigError
-from llmt_train.check.topology import check_rows, launched_processes, named, num_processes, processes_of_machine
-from llmt_train.config import ParallelConfig
+from llmt_train.check.topology import (
+    check_rows,
+    launched_processes,
+    layout_checks,
+    named,
+    num_processes,
+    processes_of_machine,
+)
+from llmt_train.config import ParallelConfig, RunConfig
+from llmt_train.model.load import load_skeleton
 from llmt_train.parallel.layout import Layout
 
 
@@ -65,6 +76,22 @@ def test_rows_that_do_not_divide_are_refused_with_ways_out():
         "parallel: cp 2 x tp 8 (sp) = 16 ranks share the tokens of a row, but its length 40 does not divide by 16; "
         "legal for such rows: 1, 2, 4, 5, 8, 10, 20, 40; or `sp: false`; or pack rows of 32 tokens"
     )
+
+
+@pytest.mark.parametrize(
+    ("family", "calls", "is_refused"),
+    [("llama", 2, False), ("llama", None, False), ("llama", 1, True), ("mamba2", 0, True)],
+)
+def test_cp_wants_attention_in_every_layer(family, calls, is_refused):
+    """A layer of another kind would see this rank's tokens alone."""
+    skeleton = load_skeleton({"from_config": {"model_type": family, **CONFIGS[family]}})
+    run = {
+        "task": "pretrain", "model": "x", "data": "data", "output": "run", "batch": {"tokens": 16},
+        "train": {"steps": 1}, "optim": {"lr": 1e-3}, "parallel": {"cp": 2},
+    }  # fmt: skip
+    [asked] = layout_checks(skeleton, RunConfig.model_validate(run), None if calls is None else [None] * calls)
+    with pytest.raises(ConfigError, match="not every layer") if is_refused else nullcontext():
+        asked()
 
 
 @pytest.mark.parametrize(

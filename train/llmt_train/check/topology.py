@@ -105,11 +105,13 @@ def _check_cp(skeleton: Any, config: ParallelConfig, calls: list[Any] | None) ->
             f"parallel.cp: {cp}, but not every layer of {model.model_type} is one whose attention could share out its "
             "heads; set `parallel: {cp: 1}`"
         )
-    if heads % (cp * config.tp):
-        whose = f"{heads} attention heads" + (f" / tp {config.tp}" if config.tp > 1 else "")
+    is_shared = config.tp > 1 and heads % config.tp == 0  # else that is a problem of its own
+    own = heads // config.tp if is_shared else heads
+    if own % cp:
+        each = f" (of {heads}, by tp {config.tp})" if is_shared else ""
         raise ConfigError(
-            f"parallel.cp: {cp} does not divide {model.model_type}'s {whose}; legal: "
-            f"{_divisors(heads // config.tp) if heads % config.tp == 0 else 'see tp'}"
+            f"parallel.cp: {cp} does not divide {model.model_type}'s {own} attention heads{each}; legal: "
+            f"{_divisors(own)}"
         )
 
 
