@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -63,6 +64,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return fullest
 
     def __enter__(self) -> "LiveBytes":
+        self._has_numbers = detect_fake_mode() is None
         self._resize = torch.UntypedStorage.resize_
         # Not an operation, so that nobody else tells. FSDP2 frees and allocates parameters by it.
         torch.UntypedStorage.resize_ = _noticed(self._resize, self)  # type: ignore[method-assign]
@@ -79,6 +81,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         answer = _ANSWERS.get(func)
         output = func(*args, **kwargs) if answer is None or not _is_fake(args) else answer(*args)
+        if self._has_numbers and _is_fake(output):
+            return output  # torch works out the shape of a DTensor
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor):
                 storage = leaf.untyped_storage()

@@ -8,11 +8,12 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 import torch.testing._internal.distributed.fake_pg as fake  # makes the backend "fake" known
-from torch.distributed import distributed_c10d as c10d
+from torch.distributed import distributed_c10d
 
 from llmt_train.parallel.layout import Layout
 from llmt_train.parallel.mesh import Mesh, build_mesh
@@ -24,34 +25,52 @@ _FIRST_NAME = 1 << 20
 
 
 def as_rank(layout: Layout, rank: int, function: Callable[[Mesh], T]) -> T:
-    """Call a function as a rank of a layout would; its mesh is of CPUs.
-
-    In a thread of its own: torch remembers by thread, and by what a mesh looks like, what DTensors on it become.
-    """
+    """Call a function as a rank of a layout would; its mesh is of CPUs."""
 
     def run() -> T:
-        with _world(layout, rank):
-            return function(build_mesh(layout, "cpu"))
+        with _elsewhere():
+            default, mesh = _place(layout, rank)
+            _elsewhere_state.default_pg = default
+            return function(mesh)
 
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(run).result()
+    return _thread().submit(run).result()
+
+
+@cache
+def _thread() -> ThreadPoolExecutor:
+    """Where all of this runs: by thread torch remembers what becomes of DTensors, by what their mesh looks like.
+
+    One for all calls, for torch 2.11 does not survive the end of a thread that has seen DTensors.
+    """
+    return ThreadPoolExecutor(1)
+
+
+@cache
+def _place(layout: Layout, rank: int) -> tuple[Any, Mesh]:
+    """Make all groups of a rank: its world, and its mesh. They stay, for torch remembers meshes."""
+    _elsewhere_state.default_pg = None
+    dist.init_process_group("fake", store=fake.FakeStore(), rank=rank, world_size=layout.world)
+    return _elsewhere_state.default_pg, build_mesh(layout, "cpu")
 
 
 @contextmanager
-def _world(layout: Layout, rank: int) -> Iterator[None]:
-    state: Any = c10d  # its own names for what must come back
-    before = state._world, state._backend, state._default_pg_init_method, sys.excepthook
-    world = state._world = _World()
+def _elsewhere() -> Iterator[None]:
+    c10d: Any = distributed_c10d
+    levels: Any = dist
+    kept = {name: getattr(c10d, name) for name in ("_world", "_backend", "_default_pg_init_method")}
+    hook, level = sys.excepthook, levels.get_debug_level()
+    c10d._world = _elsewhere_state
     try:
-        dist.init_process_group("fake", store=fake.FakeStore(), rank=rank, world_size=layout.world)
+        levels.set_debug_level(levels.DebugLevel.OFF)  # in detail, groups would look for their members
         yield
     finally:
-        for name in world.pg_names.values():
-            state._unregister_process_group(name)
-        state._world, state._backend, state._default_pg_init_method, sys.excepthook = before
+        levels.set_debug_level(level)
+        sys.excepthook = hook
+        for name, value in kept.items():
+            setattr(c10d, name, value)
 
 
-class _World:
+class _Groups:
     """What torch.distributed knows of its groups, in the words of its own `_World`."""
 
     def __init__(self) -> None:
@@ -65,3 +84,6 @@ class _World:
         self.pg_coalesce_state: dict[Any, Any] = {}
         self.pg_to_tag: dict[Any, Any] = {}
         self.tags_to_pg: dict[Any, Any] = {}
+
+
+_elsewhere_state = _Groups()
