@@ -23,8 +23,12 @@ from llmt_train.check.devices import Device, this_device
 from llmt_train.check.report import as_text
 from llmt_train.cli import main
 from llmt_train.config import RunConfig
+from llmt_train.data.stream import plan_run
 from llmt_train.fit import fit
-from llmt_train.parallel.layout import Layout
+from llmt_train.parallel.layout import Layout, Place
+from llmt_train.parallel.mesh import ALONE, Mesh
+from llmt_train.setup import Setup, describe
+from llmt_train.tasks import build_task
 
 LENGTH = 16
 LLAMA = {
@@ -291,6 +295,17 @@ def test_a_run_over_devices_is_described(data):
     assert report.layout == Layout(replicate=2, shard=2, cp=2, tp=2)
     assert (report.run.micro_rows, report.run.rows_at_once, report.run.micro_batches) == (1, 4, 4)
     assert report.run.device_tokens == LENGTH // 2
+
+
+@pytest.mark.parametrize(
+    ("layout", "first"), [(Layout(), "model     llama"), (Layout(shard=2, tp=2), "devices   4: dp 2 x tp 2 (sp)")]
+)
+def test_fit_says_first_how_a_run_lies_over_devices(data, layout, first):
+    config, dataset, model = make(data), open_dataset(data), tiny("llama")
+    plan = plan_run(dataset.train, config.batch, config.train, layout.dp)
+    mesh = Mesh(layout, Place(0, 0, 0, 0), None, ALONE, ALONE, ALONE, ALONE)
+    made = Setup(config, mesh, dataset, plan, model, None, None, build_task(config), {})
+    assert describe(made, 0).splitlines()[0].startswith(first)
 
 
 def test_devices_share_memory_and_time(data):

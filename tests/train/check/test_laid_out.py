@@ -12,14 +12,16 @@ from train.check.one_step import Found, Step, on_real_ranks, with_numbers, witho
 from train.parallel.ranks import on_ranks
 from train.tiny_models import CONFIGS, packed
 
-from llmt_train.check.dryrun import cpu_attention, laid_out_copy, micro_batch, optimizer_step
+from llmt_train.check.dryrun import cpu_attention, laid_out_copy, micro_batch, optimizer_step, warm_up
+from llmt_train.check.livebytes import LiveBytes
 from llmt_train.check.pretend import as_rank
 from llmt_train.config import AdafactorConfig, AdamwConfig, MuonConfig, SgdConfig
-from llmt_train.model.head import likely_head
+from llmt_train.model.head import likely_head, model_scores
 from llmt_train.model.load import load_skeleton
 from llmt_train.objectives import clm
 from llmt_train.optim import build_optimizer
 from llmt_train.parallel.layout import Layout
+from llmt_train.parallel.mesh import Mesh
 from llmt_train.tasks import Task
 
 BF16 = torch.bfloat16
@@ -103,6 +105,21 @@ def test_tp_shares_matrices_alone():
 def test_what_lies_outside_the_layers_is_whole(compute):
     size = 4 if compute is None else 2
     assert without_numbers(Step(Layout(shard=4), compute=compute, keys=EVEN)).whole == size * (2 * 96 * 64 + 64)
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(shard=4)])
+def test_what_lies_outside_the_layers_of_a_reference_stays_whole(layout):
+    """Its forward pass has no backward pass that would take it apart."""
+    assert as_rank(layout, 0, _left_after_forward) == 2 * (2 * 96 * 64 + 64)
+
+
+def _left_after_forward(mesh: Mesh) -> int:
+    batch, skeleton = packed([[64]], 64), load_skeleton(Step(keys=EVEN).spec)
+    with laid_out_copy(skeleton, batch, mesh, sp=False, compute=BF16) as (model, fake_batch), torch.no_grad():
+        warm_up(model)
+        with LiveBytes() as counter:
+            model_scores(model, likely_head(model), fake_batch, attention=cpu_attention)
+            return counter.now.exchanged
 
 
 def kept(layout: Layout, layers: int, **more) -> int:
