@@ -103,6 +103,10 @@ def check(
     on: Annotated[
         str | None, typer.Option(help="GPU that is to train it, such as H100 or `A100 40GB`; else this machine.")
     ] = None,
+    devices: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many devices are to train it; else what `parallel` or this machine says."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say whether a run would begin, and what memory and time it needs; loads no weights and needs no GPU.
@@ -113,7 +117,7 @@ def check(
 
         llmt-train check --config run.yaml
 
-        llmt-train check --config run.yaml --on H100 batch.micro_rows=4
+        llmt-train check --config run.yaml --on H100 --devices 8 batch.micro_rows=4
     """
     from llmt_shared.config import load_config
     from llmt_train.config import RunConfig
@@ -123,7 +127,7 @@ def check(
     from llmt_train.check.preflight import raise_problems
     from llmt_train.check.report import as_data, as_text
 
-    report = check_run(settings, on)
+    report = check_run(settings, on, devices)
     typer.echo(json.dumps(as_data(report)) if as_json else as_text(report))
     raise_problems(report.problems)
 

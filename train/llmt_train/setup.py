@@ -12,6 +12,7 @@ from llmt_shared.errors import ConfigError
 from llmt_shared.progress import say
 from llmt_train.attention import Machine, machine_of
 from llmt_train.check.preflight import Preflight, adapt_skeleton, check_attention, compare_tokens, raise_problems
+from llmt_train.check.topology import check_rows, layout_checks, named
 from llmt_train.config import FromConfig, FromSynthetic, RunConfig
 from llmt_train.data.batch import PackedBatch, shard_tokens
 from llmt_train.data.rows import AnyDataset, AnySplit
@@ -120,6 +121,7 @@ def preflight(config: RunConfig, machine: Machine, layout: Layout = ONE_RANK) ->
     if dataset is not None:
         found.attempt(partial(_check_kind, config, dataset))
         found.attempt(partial(_check_held_out, config, dataset))
+        found.attempt(partial(check_rows, config.parallel, dataset.train.length))
         found.plan = plan = found.attempt(partial(plan_run, dataset.train, config.batch, config.train, layout.dp))
         if plan is not None:
             tokens_per_step = plan.rows_per_step * plan.length
@@ -130,6 +132,8 @@ def preflight(config: RunConfig, machine: Machine, layout: Layout = ONE_RANK) ->
             _check_match(found, config, dataset)
         adapt_skeleton(found, config, machine)
         found.calls = found.attempt(partial(check_attention, found.skeleton, config, machine))
+        for check in layout_checks(found.skeleton, config, found.calls):
+            found.attempt(check)
     return found
 
 
@@ -285,6 +289,9 @@ def describe(setup: Setup, step: int) -> str:
         f"step      {plan.rows_per_step} rows = {tokens:,} tokens, {micro}",
         f"run       {plan.total_steps:,} steps, {plan.total_rows:,} rows = {epochs:.2f} epochs",
     ]
+    layout = setup.mesh.layout
+    if layout.world > 1:
+        lines.insert(0, f"devices   {named(layout, sp=config.parallel.sp)}")
     if step == plan.total_steps:
         lines.append("finished  already; --force starts over")
     elif step:

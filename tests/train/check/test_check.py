@@ -15,14 +15,20 @@ from train.tiny_models import tiny
 from llmt_shared import order
 from llmt_shared.dataset import open_dataset
 from llmt_shared.errors import ConfigError
-from llmt_train import setup
+from llmt_train import policy
 from llmt_train.check import check as module
+from llmt_train.check import devices
 from llmt_train.check.check import check
 from llmt_train.check.devices import Device, this_device
 from llmt_train.check.report import as_text
 from llmt_train.cli import main
 from llmt_train.config import RunConfig
+from llmt_train.data.stream import plan_run
 from llmt_train.fit import fit
+from llmt_train.parallel.layout import Layout, Place
+from llmt_train.parallel.mesh import ALONE, Mesh
+from llmt_train.setup import Setup, describe
+from llmt_train.tasks import build_task
 
 LENGTH = 16
 LLAMA = {
@@ -82,7 +88,7 @@ def test_the_learning_rate_falls_over_the_last_steps(data, schedule, steps):
 
 
 def test_time_is_arithmetic_by_speed(data, monkeypatch):
-    monkeypatch.setattr(module, "this_device", lambda bf16: this_device(bf16)._replace(flops=1e9, utilisation=0.5))
+    monkeypatch.setattr(module, "this_device", lambda *of: this_device(*of)._replace(flops=1e9, utilisation=0.5))
     time = check(make(data)).time
     assert time.seconds_per_step == pytest.approx(time.flops_per_step / 5e8)
     assert time.seconds == pytest.approx(time.seconds_per_step * 48 / 5)
@@ -154,7 +160,7 @@ def saved(tmp_path) -> Path:
 
 def test_weights_are_never_read(data, saved, monkeypatch):
     (saved / "model.safetensors").write_bytes(b"no weights")
-    monkeypatch.setattr(setup, "load_model", lambda *_, **__: pytest.fail("loads a model"))
+    monkeypatch.setattr(policy, "load_model", lambda *_, **__: pytest.fail("loads a model"))
     report = check(make(data, model=str(saved)))
     assert report.problems == []
     assert report.data.common_tokens == WORDS
@@ -220,7 +226,7 @@ def test_a_run_that_has_begun_is_resumed_or_refused(data, tmp_path):
 
 
 def small_device(size: float) -> Callable[..., Device]:
-    return lambda bf16: this_device(bf16)._replace(name="small", memory=math.ceil(1.5 * size + 1.5e9))
+    return lambda *of: this_device(*of)._replace(name="small", memory=math.ceil(1.5 * size + 1.5e9))
 
 
 def test_a_run_that_does_not_fit_says_what_would(data, monkeypatch):
@@ -245,6 +251,40 @@ def test_a_run_that_nothing_makes_fit_says_so(data, monkeypatch):
     assert "a smaller model, `lora`, or a device with more memory would help" in problems(make(data))[0]
 
 
+BIG = LLAMA | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
+
+
+def test_a_run_that_needs_more_gpus_says_how_many(data, monkeypatch):
+    run = make(data, model={"from_config": BIG}, precision="bf16", batch={"tokens": 8 * LENGTH})
+    needed = check(run, "H100").memory
+    limit = needed.total - needed.fixed // 2
+    monkeypatch.setattr(Device, "room", limit)
+    report = check(run, "H100")
+    tp, dp, offload = (change for change in report.remedies if change.setting.startswith("parallel."))
+    assert (tp.setting, dp.setting, offload.setting) == (
+        "parallel.tp: 2 on 2 devices", "parallel.dp: 4 (4 devices)", "parallel.offload: true",
+    )  # fmt: skip
+    changed = run.model_copy(update={"parallel": run.parallel.model_copy(update={"dp": 4})})
+    assert check(changed, "H100").memory.total == dp.total <= limit
+    assert check(run, "H100", devices=4).problems == []
+
+
+def test_devices_that_are_there_are_used_before_more_are_asked_for(data, monkeypatch):
+    run = make(data, model={"from_config": BIG}, precision="bf16", batch={"tokens": 8 * LENGTH})
+    monkeypatch.setattr(Device, "room", check(run, "H100", devices=2).memory.total - 1)
+    settings = [change.setting for change in check(run, "H100", devices=2).remedies]
+    assert "parallel.tp: 2" in settings
+
+
+def test_a_model_without_a_plan_is_not_told_to_use_tp(data, monkeypatch):
+    model = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
+    run = make(data, model={"from_config": model})
+    monkeypatch.setattr(Device, "room", check(run, "H100").memory.total - 1)
+    settings = [change.setting for change in check(run, "H100").remedies]
+    assert not any("tp" in setting for setting in settings)
+    assert "parallel.offload: true" in settings
+
+
 def test_a_model_that_cannot_run_without_numbers_is_described_without_memory(data, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("numbers wanted\nmore")
@@ -253,6 +293,86 @@ def test_a_model_that_cannot_run_without_numbers_is_described_without_memory(dat
     report = check(make(data))
     assert (report.problems, report.memory) == ([], None)
     assert "memory  not known: RuntimeError: numbers wanted" in as_text(report)
+
+
+def test_a_run_over_devices_is_described(data):
+    report = check(make(data, parallel={"cp": 2, "tp": 2, "replicate": 2}, batch={"tokens": 16 * LENGTH}), "H100", 16)
+    assert report.problems == []
+    assert report.layout == Layout(replicate=2, shard=2, cp=2, tp=2)
+    assert (report.run.micro_rows, report.run.rows_at_once, report.run.micro_batches) == (1, 4, 4)
+    assert report.run.device_tokens == LENGTH // 2
+
+
+@pytest.mark.parametrize(
+    ("layout", "first"), [(Layout(), "model     llama"), (Layout(shard=2, tp=2), "devices   4: dp 2 x tp 2 (sp)")]
+)
+def test_fit_says_first_how_a_run_lies_over_devices(data, layout, first):
+    config, dataset, model = make(data), open_dataset(data), tiny("llama")
+    plan = plan_run(dataset.train, config.batch, config.train, layout.dp)
+    mesh = Mesh(layout, Place(0, 0, 0, 0), None, ALONE, ALONE, ALONE, ALONE)
+    made = Setup(config, mesh, dataset, plan, model, None, None, build_task(config), {})
+    assert describe(made, 0).splitlines()[0].startswith(first)
+
+
+def test_devices_share_memory_and_time(data):
+    run = make(data, precision="bf16", batch={"tokens": 4 * LENGTH})
+    one, four = check(run, "H100"), check(run, "H100", 4)
+    assert four.memory.optimizer == pytest.approx(one.memory.optimizer / 4, rel=0.01)
+    assert four.time.flops_per_step == one.time.flops_per_step
+    assert four.time.seconds == pytest.approx(one.time.seconds / 4)
+
+
+def test_processes_of_one_cpu_share_it(data, monkeypatch):
+    monkeypatch.setattr(devices, "measured_flops", lambda *_: 1e9)
+    one, two = (check(make(data, parallel={"dp": dp})) for dp in (1, 2))
+    assert (two.device.memory, two.device.flops) == (one.device.memory // 2, 5e8)
+    assert two.time.seconds == one.time.seconds
+
+
+@pytest.mark.parametrize(
+    ("parallel", "changes", "word"),
+    [
+        ({"dp": 3, "cp": 1}, {}, "dp 3 x cp 1 x tp 1 cannot be 12 processes"),
+        ({"replicate": 5}, {}, "parallel.replicate: 5 does not divide dp, which is 12"),
+        ({"cp": 3}, {}, "length 16 does not divide by 3; legal for such rows: 1, 2, 4, 8, 16; or pack rows of 15"),
+        ({"tp": 3}, {}, "parallel.tp: 3 does not divide llama's 4 attention heads"),
+        ({"tp": 4}, {}, "2 key/value heads; legal: 1, 2"),
+        ({"tp": 2}, {"lora": {}}, "adapters (lora) cannot be shared out by tp; set `parallel: {tp: 1}`"),
+        ({"tp": 2}, {"model": {"from_config": {"model_type": "gpt2", "n_embd": 32, "n_head": 4}}}, "has no plan"),
+        ({"cp": 6}, {}, "parallel.cp: 6 does not divide llama's 4 attention heads; legal: 1, 2, 4"),
+        (
+            {"cp": 3, "tp": 2},
+            {},
+            "parallel.cp: 3 does not divide llama's 2 attention heads (of 4, by tp 2); legal: 1, 2",
+        ),
+    ],
+)
+def test_a_layout_that_cannot_be_says_why(data, parallel, changes, word):
+    found = [str(problem) for problem in check(make(data, parallel=parallel, **changes), "H100", 12).problems]
+    assert any(word in text for text in found), found
+
+
+def test_problems_of_a_layout_are_told_with_all_others(data):
+    parallel = {"dp": 2, "cp": 3, "tp": 3, "replicate": 2}
+    wrong = make(data, parallel=parallel, batch={"tokens": 81}, attention="flash2")
+    found = problems(wrong)
+    words = ("= 9 ranks share the tokens", "batch.tokens: 81", "attention: flash2", "parallel.tp: 3", "parallel.cp: 3")
+    assert len(found) == len(words)
+    assert all(word in text for word, text in zip(words, found, strict=True)), found
+
+
+def test_fit_refuses_a_layout_with_the_same_words(data):
+    wrong = make(data, parallel={"sp": False}, batch={"tokens": 81}, attention="flash2")
+    with pytest.raises(ConfigError) as caught:
+        fit(wrong)
+    assert str(caught.value).splitlines() == problems(wrong)
+
+
+def test_what_a_layout_wastes_is_noted(data):
+    text = as_text(check(make(data, parallel={"tp": 2}, batch={"tokens": 2 * LENGTH}), "H100", 8))
+    assert "a step has 2 rows for dp 4, so 2 of these have none" in text
+    odd = make(data, parallel={"tp": 2}, model={"from_config": LLAMA | {"vocab_size": 41}})
+    assert "tp 2 does not divide the 41 rows of embedding and output layer" in as_text(check(odd, "H100", 2))
 
 
 @pytest.fixture
@@ -293,6 +413,27 @@ def test_the_report_is_data_for_a_script(call, path):
     assert report["device"] == {"name": "H100 80 GB", "memory": 80 * 10**9, "room": 78.5e9, "flops": None}
     assert report["memory"]["total"] == sum(size for name, size in report["memory"].items() if name != "total")
     assert report["run"]["steps"] == 10
+
+
+def test_the_report_of_many_devices_says_what_each_has(call, path):
+    code, out, err = call("--config", path, "--on", "L4", "--devices", 4, "parallel={tp: 2}", "precision=bf16")
+    assert (code, err) == (0, "")
+    assert "devices            4: dp 2 x tp 2 (sp), each L4 24 GB" in out
+    assert "in 2 micro-batches of at most 4 rows on all devices, 32 tokens on each" in out
+    assert "MB on each device at the fullest moment; fits into" in out
+    assert "  whole layers" in out
+    assert "at 40% of L4's 121 TFLOP/s on 4 devices, communication not counted" in out.replace("L4 24 GB", "L4")
+
+
+def test_the_report_of_many_devices_is_data(call, path):
+    _, out, _ = call("--config", path, "--on", "L4", "--devices", 4, "parallel={tp: 2, offload: true}", "--json")
+    report = json.loads(out)
+    assert report["layout"] == {"devices": 4, "dp": 2, "replicate": 1, "shard": 2, "cp": 1, "tp": 2}
+    assert report["sp"]
+    assert report["run"]["rows_at_once"] == 4
+    memory = report["memory"]
+    assert memory["host"] > 0
+    assert memory["total"] == sum(size for name, size in memory.items() if name not in ("total", "host"))
 
 
 def test_problems_go_to_stderr_and_what_is_known_to_stdout(call, path):

@@ -1,9 +1,7 @@
 """`llmt-train check`: would a run begin, and what would it need? Nothing is spent to find out: no weights, no GPU."""
 
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -12,13 +10,15 @@ from llmt_shared.errors import ConfigError, LlmtError
 from llmt_train.attention import Machine, choose
 from llmt_train.check.devices import Device, named_device, this_device
 from llmt_train.check.estimate import Memory, estimate_memory, gigabytes
-from llmt_train.check.preflight import Begun, Preflight, check_resumption, uses_autocast
+from llmt_train.check.preflight import Begun, Preflight, check_resumption, mixes_precisions
 from llmt_train.check.remedies import Change, remedies
+from llmt_train.check.topology import notes, num_processes, processes_of_machine
 from llmt_train.checkpoints import newest_checkpoint, read_state
 from llmt_train.config import RunConfig
 from llmt_train.data.rows import AnyDataset
 from llmt_train.data.stream import Plan, rows_of_step
 from llmt_train.model.flops import model_flops, step_flops
+from llmt_train.parallel.layout import Layout, layout_of
 from llmt_train.quiet import quiet_transformers
 from llmt_train.reference import check_overlay
 from llmt_train.schedule import falling_steps, resolve
@@ -77,9 +77,13 @@ class RunReport:
     rows_per_step: int
     tokens_per_step: int
     micro_batches: int
-    """Of a step: what it accumulates."""
+    """Of a step: what each device accumulates."""
     micro_rows: int
-    """Rows of a micro-batch, at most."""
+    """Rows of a micro-batch, at most; devices of cp and tp have it together."""
+    rows_at_once: int
+    """Rows of the micro-batches of all devices, at most."""
+    device_tokens: int
+    """Of a micro-batch, at most, that a device carries through the layers."""
     rows_of_last_step: int
     schedule: str
     warmup_steps: int
@@ -89,12 +93,12 @@ class RunReport:
 
 @dataclass(frozen=True)
 class TimeReport:
-    """How long the run takes, if the device reaches its assumed utilisation."""
+    """How long the run takes, if the devices reach their assumed utilisation and never wait for each other."""
 
     flops_per_step: float
     seconds_per_step: float | None
     seconds: float | None
-    """Of all steps; evaluations and checkpoints are not counted."""
+    """Of all steps; evaluations, checkpoints and communication are not counted."""
 
 
 @dataclass
@@ -102,6 +106,11 @@ class Report:
     """What is known of a run; ``None`` where a problem is in the way."""
 
     device: Device
+    """One of those that train."""
+    sp: bool
+    """Whether devices of tp share what lies between the layers too, by tokens."""
+    layout: Layout | None = None
+    """Of all devices."""
     data: DataReport | None = None
     model: ModelReport | None = None
     run: RunReport | None = None
@@ -113,36 +122,50 @@ class Report:
     remedies: list[Change] = field(default_factory=list)
     """Changes after which the run would fit into the device's memory, where it does not."""
     time: TimeReport | None = None
+    notes: list[str] = field(default_factory=list)
+    """What a person should know that is no problem."""
     problems: list[LlmtError] = field(default_factory=list)
 
 
-def check(config: RunConfig, on: str | None = None) -> Report:
+def check(config: RunConfig, on: str | None = None, devices: int | None = None) -> Report:
     """Run all checks that need no weights, and estimate memory and time.
 
     Args:
         config: the run.
         on: name of the GPU that is to train it; ``None`` is this machine.
+        devices: how many of them; ``None`` is what the config or the launcher says, else those that are here.
 
     Raises:
         ConfigError: no GPU of that name is known.
     """
-    in_bf16 = partial(_computes_in_bf16, config)
-    device = this_device(in_bf16) if on is None else named_device(on, in_bf16)
-    report, given, config = Report(device), config, _with_precision(config, device.machine)
+    parallel, in_bf16 = config.parallel, partial(_computes_in_bf16, config)
+    world = num_processes(parallel, on=on, devices=devices)
+    device = this_device(in_bf16, processes_of_machine(world)) if on is None else named_device(on, in_bf16)
+    report = Report(device, parallel.sp and parallel.tp > 1)
+    given, config = config, _with_precision(config, device.machine)
     with quiet_transformers():
-        found = preflight(config, device.machine)
-        if found.dataset is not None:
-            report.data = _describe_data(found.dataset, found.compared)
-            if isinstance(found.dataset, Dataset) and config.task == "dpo" and config.dpo.reference == "precomputed":
-                found.attempt(partial(check_overlay, found.dataset))
-        if found.plan is not None:
-            report.run = _describe_run(found.plan, config)
-            report.resumes_after = found.attempt(partial(_resumes_after, found, given))
-        if found.skeleton is not None:
-            report.model = _describe_model(found, config, device)
+        arranged = Preflight()
+        report.layout = arranged.attempt(partial(layout_of, parallel, world))
+        found = preflight(config, device.machine, report.layout or Layout(cp=parallel.cp, tp=parallel.tp))
+        found.problems = arranged.problems + found.problems
+        _describe(report, found, config, given)
         report.problems = found.problems
         _estimate(report, found, config)
     return report
+
+
+def _describe(report: Report, found: Preflight, config: RunConfig, given: RunConfig) -> None:
+    if found.dataset is not None:
+        report.data = _describe_data(found.dataset, found.compared)
+        if isinstance(found.dataset, Dataset) and config.task == "dpo" and config.dpo.reference == "precomputed":
+            found.attempt(partial(check_overlay, found.dataset))
+    if found.plan is not None and report.layout is not None:
+        report.run = _describe_run(found.plan, config, report.layout)
+        report.resumes_after = found.attempt(partial(_resumes_after, found, given))
+    if found.skeleton is not None:
+        report.model = _describe_model(found, config, report.device)
+        if report.layout is not None and report.run is not None:
+            report.notes = list(notes(found.skeleton, report.layout, report.run.rows_per_step))
 
 
 def _resumes_after(found: Preflight, config: RunConfig) -> int | None:
@@ -155,10 +178,10 @@ def _resumes_after(found: Preflight, config: RunConfig) -> int | None:
 
 
 def _estimate(report: Report, found: Preflight, config: RunConfig) -> None:
-    if found.dataset is None or found.plan is None or found.skeleton is None:
+    if found.dataset is None or found.plan is None or found.skeleton is None or report.layout is None:
         return
-    report.time = _describe_time(found.skeleton, found.dataset, found.plan, config, report.device)
-    needs = partial(_needs, found.dataset, report.device.machine)
+    report.time = _describe_time(found, config, report.device, report.layout)
+    needs = partial(_needs, found.dataset, report.device.machine, report.layout.world)
     try:
         report.memory = needs(config)
     except Exception as error:  # what a model does may depend on numbers, which a dry run has not
@@ -167,24 +190,33 @@ def _estimate(report: Report, found: Preflight, config: RunConfig) -> None:
         return
     limit = report.device.room
     if limit is not None and report.memory.total > limit:
-        with suppress(Exception):  # a precision that the model has not: no remedy
-            report.remedies = remedies(config, report.memory, needs, limit)
+        on_gpu = report.device.machine.device_type == "cuda"
+        report.remedies = remedies(config, report.memory, needs, limit, report.layout if on_gpu else None)
         report.problems.append(_does_not_fit(report, limit))
 
 
-def _needs(dataset: AnyDataset, machine: Machine, config: RunConfig) -> Memory:
-    autocast = torch.bfloat16 if config.precision == "bf16" else None
-    skeleton = open_skeleton(config, dataset, machine)
-    return estimate_memory(skeleton, config, dataset.train, device_type=machine.device_type, autocast=autocast)
+def _needs(dataset: AnyDataset, machine: Machine, world: int, config: RunConfig) -> Memory:
+    """What a run needs of each device; of as many as its config says, if it does."""
+    parallel = config.parallel
+    wanted = world if parallel.dp == "auto" else parallel.dp * parallel.cp * parallel.tp
+    return estimate_memory(
+        open_skeleton(config, dataset, machine),
+        config,
+        dataset.train,
+        device_type=machine.device_type,
+        compute=torch.bfloat16 if config.precision == "bf16" else None,
+        layout=layout_of(parallel, wanted),
+    )
 
 
 def _does_not_fit(report: Report, limit: float) -> ConfigError:
     assert report.memory is not None  # the caller looked
     changes = "; ".join(f"{change.setting} ({gigabytes(change.total)})" for change in report.remedies)
     way_out = f"would fit: {changes}" if changes else "a smaller model, `lora`, or a device with more memory would help"
+    each = " each" if report.layout is not None and report.layout.world > 1 else ""
     return ConfigError(
         f"memory: the run needs {gigabytes(report.memory.total)}, but {report.device.name} has {gigabytes(limit)} for "
-        f"it; {way_out}"
+        f"it{each}; {way_out}"
     )
 
 
@@ -192,11 +224,11 @@ def _with_precision(config: RunConfig, machine: Machine) -> RunConfig:
     """Say what ``precision: auto`` is on a machine."""
     if config.precision != "auto":
         return config
-    return config.model_copy(update={"precision": "bf16" if uses_autocast(config, machine) else "fp32"})
+    return config.model_copy(update={"precision": "bf16" if mixes_precisions(config, machine) else "fp32"})
 
 
 def _computes_in_bf16(config: RunConfig, machine: Machine) -> bool:
-    return config.precision == "bf16-true" or uses_autocast(config, machine)
+    return config.precision == "bf16-true" or mixes_precisions(config, machine)
 
 
 def _describe_data(dataset: AnyDataset, common_tokens: int | None) -> DataReport:
@@ -233,7 +265,7 @@ def _describe_model(found: Preflight, config: RunConfig, device: Device) -> Mode
     )
 
 
-def _describe_run(plan: Plan, config: RunConfig) -> RunReport:
+def _describe_run(plan: Plan, config: RunConfig, layout: Layout) -> RunReport:
     tokens_per_step = plan.rows_per_step * plan.length
     return RunReport(
         steps=plan.total_steps,
@@ -243,6 +275,8 @@ def _describe_run(plan: Plan, config: RunConfig) -> RunReport:
         tokens_per_step=tokens_per_step,
         micro_batches=plan.accumulation,
         micro_rows=plan.micro_rows,
+        rows_at_once=min(plan.micro_rows * layout.dp, plan.rows_per_step),
+        device_tokens=plan.micro_rows * plan.length // layout.cp,
         rows_of_last_step=plan.total_rows - (plan.total_steps - 1) * plan.rows_per_step,
         schedule=config.optim.schedule,
         warmup_steps=resolve(config.optim.warmup, plan.total_steps, tokens_per_step),
@@ -250,13 +284,15 @@ def _describe_run(plan: Plan, config: RunConfig) -> RunReport:
     )
 
 
-def _describe_time(skeleton: Any, dataset: AnyDataset, plan: Plan, config: RunConfig, device: Device) -> TimeReport:
-    rows = rows_of_step(plan, 0)
-    flops = step_flops(model_flops(skeleton), dataset.train.segments(rows[:_SAMPLE]).length)
+def _describe_time(found: Preflight, config: RunConfig, device: Device, layout: Layout) -> TimeReport:
+    assert found.plan is not None
+    assert found.dataset is not None  # the caller looked
+    rows, plan = rows_of_step(found.plan, 0), found.plan
+    flops = step_flops(model_flops(found.skeleton), found.dataset.train.segments(rows[:_SAMPLE]).length)
     flops *= plan.rows_per_step / len(rows[:_SAMPLE])
     if device.flops is None:
         return TimeReport(flops, None, None)
     checkpointing = config.train.checkpointing
     again = 1 + _AGAIN[checkpointing.policy] / checkpointing.every
-    seconds = flops * again / (device.flops * device.utilisation)
+    seconds = flops * again / (device.flops * device.utilisation * layout.world)
     return TimeReport(flops, seconds, seconds * plan.total_rows / plan.rows_per_step)

@@ -109,18 +109,30 @@ def named_device(name: str, computes_in_bf16: Callable[[Machine], bool]) -> Devi
     return Device(f"{gpu.name} {size} GB", machine, size * 10**9, flops, _UTILISATION["cuda"], is_here=False)
 
 
-def this_device(computes_in_bf16: Callable[[Machine], bool]) -> Device:
-    """Return the GPU of this machine, or its CPU: by the data sheet, or by how fast a matrix product is."""
+def this_device(computes_in_bf16: Callable[[Machine], bool], processes: int = 1) -> Device:
+    """Return the GPU of this machine, or its CPU: by the data sheet, or by how fast a matrix product is.
+
+    Args:
+        computes_in_bf16: whether the run does, on a machine.
+        processes: of the run, on this machine; each has a GPU, or its share of the CPU.
+    """
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     machine = machine_of(torch.device(kind))
     bf16 = computes_in_bf16(machine)
     if kind == "cpu":
-        name, memory, gpu = f"this CPU ({torch.get_num_threads()} threads)", _ram(), None
+        name, memory, gpu = _cpu_name(processes), _ram(), None
     else:
         properties = torch.cuda.get_device_properties(0)
         name, memory, gpu = properties.name, int(properties.total_memory), find_gpu(properties.name)
     flops = gpu.flops if gpu is not None and bf16 else measured_flops(kind, torch.bfloat16 if bf16 else torch.float32)
+    if kind == "cpu":
+        memory, flops = None if memory is None else memory // processes, flops / processes
     return Device(name, machine, memory, flops, _UTILISATION[kind], is_here=True)
+
+
+def _cpu_name(processes: int) -> str:
+    share = f"1/{processes} of " if processes > 1 else ""
+    return f"{share}this CPU ({torch.get_num_threads()} threads)"
 
 
 def measured_flops(device_type: str, dtype: torch.dtype, seconds: float = 0.3) -> float:

@@ -1,17 +1,15 @@
 """One step without numbers: what it keeps in memory, learned by running it on tensors that have a shape and no content.
 
 Everything runs as it will in training (the model's own code, the chunked head, autograd, the optimizer), under
-torch's FakeTensorMode, so that any architecture is counted as it is and nothing is allocated. What is counted is
-storages that operations make and nobody has let go of; the inside of an operation is not seen, but for those that are
-known to need much (`_INSIDE`).
+torch's FakeTensorMode, so that any architecture is counted as it is and nothing is allocated; and so over devices:
+sharding, splitting and exchanging are what they are in a run, on a rank whose others are not there (`as_rank`).
 
 Shape legend: N packed tokens, H query heads, K key/value heads, D head size.
 """
 
 import copy
-import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,28 +17,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from llmt_shared.errors import LlmtError
 from llmt_train.attention import Backend, Call, Options, Segments
 from llmt_train.attention.sdpa import sdpa
+from llmt_train.check.livebytes import LiveBytes, Moment
 from llmt_train.data.batch import PackedBatch, collate
 from llmt_train.model.head import HeadSpec, model_scores
 from llmt_train.model.load import forward_hidden
 from llmt_train.objectives import share
+from llmt_train.parallel.mesh import Mesh
+from llmt_train.parallel.sharding import shard, synchronise_gradients
+from llmt_train.parallel.tensor import tensor_parallel
 from llmt_train.tasks import Task
 
 
 class Peaks(NamedTuple):
     """Bytes of a micro-batch's forward and backward pass, beside weights and gradients."""
 
+    waiting: int
+    """What the micro-batches before it left behind: whole gradients, where they are exchanged once a step."""
     kept: int
-    """What the layers' forward pass keeps for the backward pass, casts of weights included."""
+    """What the layers' forward pass keeps for the backward pass."""
+    exchanged: int
+    """At the fullest moment, what ranks exchange: parameters made whole, those outside the layers from the forward to
+    the backward pass; buffers through which they come; gradients that leave."""
     head: int
-    """On top of it at the fullest moment until the gradient of the hidden states is there: logits, above all."""
+    """At the fullest moment until the gradient of the hidden states is there: logits, above all."""
     again: int
-    """What the fullest moment of the layers' own passes needs beyond both: what is computed again, above all."""
+    """What the fullest moment of the layers' own passes needs beyond all of these: what is computed again, above all,
+    and whole gradients of a layer."""
 
     @property
     def total(self) -> int:
@@ -57,46 +65,6 @@ class StepPeaks(NamedTuple):
     """On top of it at the fullest moment."""
 
 
-class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While entered, counts the bytes of storages that operations make, until they are let go of."""
-
-    def __init__(self, known: Iterable[Tensor] = ()) -> None:
-        """Start at 0.
-
-        Args:
-            known: tensors that are there already and do not count.
-        """
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.live = 0
-        self._peak = 0
-        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        answer = _ANSWERS.get(func)
-        output = func(*args, **(kwargs or {})) if answer is None or not _is_fake(args) else answer(*args)
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor):
-                self._add(leaf.untyped_storage())
-        inside = _INSIDE.get(func)
-        self._peak = max(self._peak, self.live + (inside(*args) if inside is not None else 0))
-        return output
-
-    def take_peak(self) -> int:
-        """Return the largest number of bytes that were alive at once since the last call."""
-        peak, self._peak = self._peak, self.live
-        return peak
-
-    def _add(self, storage: Any) -> None:
-        if storage._cdata not in self._seen:
-            self._seen.add(storage._cdata)
-            self.live += storage.nbytes()
-            weakref.finalize(storage, self._drop, storage._cdata, storage.nbytes())
-
-    def _drop(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.live -= size
-
-
 def micro_batch(
     model: Any,
     head: HeadSpec | None,
@@ -104,76 +72,120 @@ def micro_batch(
     batch: PackedBatch,
     *,
     attention: Backend = "auto",
-    autocast: torch.dtype | None = None,
+    exchanges_once: bool = False,
 ) -> Peaks:
     """Run a micro-batch forward and backward under count; real tensors serve as well as fake ones.
 
     Args:
-        model: from `fake_copy`, or a real one on the CPU. Its gradients are made before the count starts, as they are
-            there from a step's second micro-batch on.
+        model: from `fake_copy` or `laid_out_copy`, or a real one on the CPU. Its gradients are made before the count
+            starts, as they are there from a step's second micro-batch on.
         head: how it makes logits; ``None`` is the model's own way.
         task: the objective.
-        batch: in `fake_copy`'s mode, or real.
+        batch: in the model's mode, or real.
         attention: see `model_scores`.
-        autocast: compute dtype of the run where it is not that of the parameters.
+        exchanges_once: count a step's last micro-batch, where ranks exchange gradients at that one alone: then they
+            are not there before.
     """
+
+    def run() -> None:
+        scores = model_scores(
+            model, head, batch, attention=attention, with_mean=task.with_mean, is_uniform=task.is_uniform
+        )
+        share(task.objective(scores, batch)["loss"], batch.denominators).backward()  # type: ignore[no-untyped-call]
+
+    warm_up(model)
     for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.zeros_like(parameter)
-    counter = LiveBytes([*_tensors(model), *(leaf for leaf in batch if isinstance(leaf, Tensor))])
-    borders: list[int] = []  # fullest moments of the layers' forward pass and of what is between it and its backward
-    kept: list[int] = []
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad and not exchanges_once else None
+    with LiveBytes([*_tensors(model), *(leaf for leaf in batch if isinstance(leaf, Tensor))]) as counter:
+        if exchanges_once:
+            synchronise_gradients(model, False)
+            run()
+            synchronise_gradients(model, True)
+        before = counter.live
+        counter.take_fullest()
+        kept, borders = _counted(model, run, counter)
+    return _peaks(before, kept, borders)
+
+
+def _counted(model: Any, run: Callable[[], None], counter: LiveBytes) -> tuple[Moment, list[Moment]]:
+    """Run; return what is alive after the layers' forward pass, and the fullest moments.
+
+    These are of that pass, of the time until the layers' backward pass, and of that.
+    """
+    borders: list[Moment] = []
+    kept: list[Moment] = []
 
     def after_layers(module: nn.Module, arguments: Any, output: Any) -> None:
         hidden = getattr(output, "last_hidden_state", None)
-        kept.append(counter.live)
-        borders.append(counter.take_peak())
+        kept.append(counter.now)
+        borders.append(counter.take_fullest())
         if hidden is not None and hidden.requires_grad:
-            hidden.register_hook(lambda gradient: borders.append(counter.take_peak()))
+            hidden.register_hook(lambda gradient: borders.append(counter.take_fullest()))
 
     handle = model.get_decoder().register_forward_hook(after_layers)
     try:
-        with counter:
-            with _autocast(batch.input_ids.device.type, autocast):
-                scores = model_scores(
-                    model, head, batch, attention=attention, with_mean=task.with_mean, is_uniform=task.is_uniform
-                )
-            share(task.objective(scores, batch)["loss"], batch.denominators).backward()  # type: ignore[no-untyped-call]
-            borders.append(counter.take_peak())
+        run()
     finally:
         handle.remove()
-    forward, *middle, backward = borders
-    in_head = max(middle[0] - kept[0], 0) if middle else 0
-    return Peaks(kept[0], in_head, max(forward, *middle, backward) - kept[0] - in_head)
+    return kept[0], [*borders, counter.take_fullest()]
+
+
+def _peaks(before: int, kept: Moment, borders: list[Moment]) -> Peaks:
+    own = kept.live - kept.exchanged - before
+    fullest = max(borders, key=lambda moment: moment.live)
+    in_head = max(borders[1].live - kept.live, 0) if len(borders) > 2 else 0
+    rest = fullest.live - before - own - in_head
+    exchanged = min(fullest.exchanged, rest)
+    return Peaks(before, own, exchanged, in_head, rest - exchanged)
+
+
+def warm_up(model: nn.Module) -> None:
+    """Let FSDP2 make whatever it makes once."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+            module.reshard()
+
+
+def whole_outside_layers(model: nn.Module) -> int:
+    """Return the bytes of what FSDP2 makes whole with the model itself, not with one of its layers."""
+    warm_up(model)
+    if not isinstance(model, FSDPModule):
+        return 0
+    with LiveBytes() as counter:
+        model.unshard()
+        size = counter.live
+        model.reshard()
+    return size
 
 
 def optimizer_step(model: Any, build_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> StepPeaks:
-    """Run two steps of an optimizer under count: the first makes its state; gradients are there before."""
+    """Run steps of an optimizer under count: the first makes its state; gradients are there before."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     optimizer = build_optimizer(model)
-    counter = LiveBytes(_tensors(model))
-    with counter:
+    with LiveBytes(_tensors(model)) as counter:
         optimizer.step()
         state = counter.live
+        optimizer.step()  # does what it will always do, for which torch works out shapes on tensors of its own, once
         counter.take_peak()
         optimizer.step()
     return StepPeaks(state, counter.take_peak() - state)
 
 
-def attention_calls(skeleton: Any, autocast: torch.dtype | None = None) -> list[Call] | None:
+def attention_calls(skeleton: Any, compute: torch.dtype | None = None) -> list[Call] | None:
     """Return what a model asks of its attention, call by call, in training; ``None`` where only running it tells.
 
     Args:
         skeleton: from `load_skeleton`.
-        autocast: compute dtype of the run where it is not that of the parameters.
+        compute: dtype of the run's arithmetic where it is not that of the parameters.
 
     Raises:
         ConfigError: the model cannot keep packed documents apart.
     """
     calls: list[Call] = []
-    with fake_copy(skeleton, _two_documents()) as (model, batch), torch.no_grad(), _autocast("cpu", autocast):
+    with fake_copy(skeleton, _two_documents(), compute) as (model, batch), torch.no_grad():
         try:
             forward_hidden(model, batch, batch.segments(recorded(calls, gpu_attention)))
         except LlmtError:
@@ -189,33 +201,77 @@ def _two_documents() -> PackedBatch:
     )
 
 
-def _autocast(device: str, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    return torch.autocast(device, dtype) if dtype is not None else nullcontext()
-
-
 @contextmanager
-def fake_copy(skeleton: Any, batch: PackedBatch) -> Iterator[tuple[Any, PackedBatch]]:
+def fake_copy(
+    skeleton: Any, batch: PackedBatch, compute: torch.dtype | None = None
+) -> Iterator[tuple[Any, PackedBatch]]:
     """Enter a world without numbers; gives a copy of a model and of a micro-batch that live in it, on a fake CPU.
 
     Args:
         skeleton: a model, on the meta device or any other.
         batch: real.
+        compute: dtype of the copy's parameters where it is not their own.
     """
     model = copy.deepcopy(skeleton)
     with FakeTensorMode() as mode:
-        replaced: dict[int, nn.Parameter] = {}
-        for module in model.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None and id(parameter) not in replaced:
-                    fake = torch.empty(parameter.shape, dtype=parameter.dtype)
-                    replaced[id(parameter)] = nn.Parameter(fake, parameter.requires_grad)
-                module._parameters[name] = None if parameter is None else replaced[id(parameter)]
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
-        tensors: dict[str, Any] = {
-            name: mode.from_tensor(value) for name, value in batch._asdict().items() if isinstance(value, Tensor)
-        }
-        yield model, batch._replace(**tensors)
+        yield _fake(model, compute), _fake_batch(batch, mode)
+
+
+@contextmanager
+def laid_out_copy(
+    skeleton: Any, batch: PackedBatch, mesh: Mesh, *, sp: bool, compute: torch.dtype | None = None
+) -> Iterator[tuple[Any, PackedBatch]]:
+    """As `fake_copy`, of a model that is laid out over devices, on one of its ranks.
+
+    Args:
+        skeleton: a model on the meta device.
+        batch: real; this rank's tokens.
+        mesh: of the rank, see `as_rank`.
+        sp: whether ranks of tp share tokens.
+        compute: dtype of the run's arithmetic where it is not that of the parameters.
+
+    Raises:
+        ConfigError: the model cannot be laid out so.
+    """
+    model = copy.deepcopy(skeleton)
+    # Before the mode begins, for meshes are made of tensors with content.
+    tensor_parallel(model, mesh, sp=sp)
+    shard(model, mesh, compute=compute)
+    with FakeTensorMode() as mode:
+        yield _fake(model), _fake_batch(batch, mode)
+
+
+def _fake(model: Any, dtype: torch.dtype | None = None) -> Any:
+    """Give a model parameters and buffers of the mode that is entered; tied ones stay tied."""
+    replaced: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in replaced:
+                replaced[id(parameter)] = nn.Parameter(_empty(parameter, dtype), parameter.requires_grad)
+            module._parameters[name] = None if parameter is None else replaced[id(parameter)]
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
+    return model
+
+
+@torch.no_grad()
+def _empty(parameter: Tensor, dtype: torch.dtype | None) -> Tensor:
+    dtype = dtype if dtype is not None and parameter.is_floating_point() else parameter.dtype
+    if not isinstance(parameter, DTensor):
+        return torch.empty(parameter.shape, dtype=dtype)
+    own, mesh, places = (
+        torch.empty(parameter._local_tensor.shape, dtype=dtype),
+        parameter.device_mesh,
+        parameter.placements,
+    )
+    return DTensor.from_local(own, mesh, places, run_check=False, shape=parameter.shape, stride=parameter.stride())
+
+
+def _fake_batch(batch: PackedBatch, mode: FakeTensorMode) -> PackedBatch:
+    tensors: dict[str, Any] = {
+        name: mode.from_tensor(value) for name, value in batch._asdict().items() if isinstance(value, Tensor)
+    }
+    return batch._replace(**tensors)
 
 
 def cpu_attention(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, segments: Segments, options: Options) -> Tensor:
@@ -260,30 +316,3 @@ def recorded(calls: list[Call], attention: Callable[..., Tensor]) -> Callable[..
 def _tensors(model: Any) -> list[Tensor]:
     parameters = list(model.parameters())
     return [*parameters, *(p.grad for p in parameters if p.grad is not None), *model.buffers()]
-
-
-def _is_fake(args: Any) -> bool:
-    return any(isinstance(leaf, Tensor) and hasattr(leaf, "fake_mode") for leaf in tree_leaves(args))
-
-
-def _grouped_product(a: Tensor, b: Tensor, offsets: Tensor | None = None, *_: Any) -> Tensor:
-    """Experts' products in dtypes for which torch knows the kernel but not its shape."""
-    if b.ndim == 3:
-        return a.new_empty(a.shape[0], b.shape[2])
-    assert offsets is not None  # two matrices are cut into groups
-    return a.new_empty(offsets.shape[0], a.shape[0], b.shape[1])
-
-
-_aten = torch.ops.aten
-_ANSWERS: dict[Any, Callable[..., Any]] = {
-    _aten._grouped_mm.default: _grouped_product,
-    _aten._local_scalar_dense.default: lambda tensor: 1.0,  # an optimizer's count of steps, a norm
-    _aten.allclose.default: lambda *arguments: True,
-}
-"""What fake tensors cannot answer because the numbers are not there, or their shapes not known."""
-
-
-_INSIDE: dict[Any, Callable[..., int]] = {
-    _aten.logsumexp.default: lambda tensor, *_: tensor.numel() * tensor.element_size()  # exp(x - max) as a whole
-}
-"""Bytes that an operation holds while it works: of those whose inside matters here."""

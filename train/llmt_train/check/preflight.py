@@ -17,6 +17,7 @@ from llmt_train.config import RunConfig
 from llmt_train.data.rows import AnyDataset
 from llmt_train.data.stream import Plan, rows_consumed
 from llmt_train.model.adapt import choose_trained
+from llmt_train.model.fused import split_fused
 from llmt_train.model.isolation import WAY_OUT
 from llmt_train.model.liger import check_liger
 from llmt_train.model.match import check_tokenizers, model_token_ids, read_token_ids
@@ -79,7 +80,7 @@ def check_attention(skeleton: Any, config: RunConfig, machine: Machine) -> list[
     Raises:
         ConfigError: naming the model, or the backend with its reason.
     """
-    calls = attention_calls(skeleton, torch.bfloat16 if uses_autocast(config, machine) else None)
+    calls = attention_calls(skeleton, torch.bfloat16 if mixes_precisions(config, machine) else None)
     if calls is not None and not calls:
         raise ConfigError(
             f"{skeleton.config.model_type}: its layers never call packed attention, so documents of a row would see "
@@ -93,7 +94,7 @@ def check_attention(skeleton: Any, config: RunConfig, machine: Machine) -> list[
     return calls
 
 
-def uses_autocast(config: RunConfig, machine: Machine) -> bool:
+def mixes_precisions(config: RunConfig, machine: Machine) -> bool:
     """Return whether a model with weights in fp32 computes in bf16."""
     has_bf16 = machine.device_type == "cuda" and machine.capability >= (8, 0)
     return config.precision == "bf16" or (config.precision == "auto" and has_bf16)
@@ -145,6 +146,8 @@ def adapt_skeleton(found: Preflight, config: RunConfig, machine: Machine) -> Non
     """Change the skeleton as the run changes its model: adapters, frozen parameters, checkpointing."""
     skeleton, train = found.skeleton, config.train
     assert skeleton is not None  # the caller looked
+    if config.lora is None:
+        split_fused(skeleton)
     if train.liger:
         found.attempt(partial(check_liger, machine.device_type))
     found.attempt(

@@ -6,6 +6,8 @@ from typing import Any
 
 from llmt_train.check.check import DataReport, ModelReport, Report, RunReport
 from llmt_train.check.estimate import Memory, gigabytes
+from llmt_train.check.topology import named
+from llmt_train.parallel.layout import Layout
 
 _MEMORY = {
     "weights": "weights",
@@ -13,6 +15,7 @@ _MEMORY = {
     "optimizer": "optimizer state",
     "reference": "reference model",
     "activations": "activations",
+    "exchanged": "whole layers",
     "head": "logits",
     "working": "working",
 }
@@ -35,14 +38,22 @@ def as_data(report: Report) -> dict[str, Any]:
         "room": report.device.room,
         "flops": report.device.flops,
     }
+    data["layout"] = None if report.layout is None else _layout(report.layout)
     data["remedies"] = [change._asdict() for change in report.remedies]
     if report.memory is not None:
         data["memory"] |= {"total": report.memory.total}
     return data
 
 
+def _layout(layout: Layout) -> dict[str, int]:
+    return {"devices": layout.world, "dp": layout.dp} | layout._asdict()
+
+
 def _lines(report: Report) -> Iterator[tuple[str, str]]:
     yield "config", "ok"
+    several = report.layout is not None and report.layout.world > 1
+    if report.layout is not None and several:
+        yield "devices", f"{named(report.layout, sp=report.sp)}, each {report.device.name}"
     if report.data is not None:
         yield "data", _data(report.data)
     if report.data is not None and report.model is not None:
@@ -50,7 +61,7 @@ def _lines(report: Report) -> Iterator[tuple[str, str]]:
     if report.model is not None:
         yield "model", _model(report.model)
     if report.run is not None:
-        yield "step", _step(report.run)
+        yield "step", _step(report.run, several)
         resumes = f"; resumes after step {report.resumes_after:,}" if report.resumes_after is not None else ""
         yield "run", _run(report.run) + resumes
     if report.memory is not None:
@@ -59,6 +70,8 @@ def _lines(report: Report) -> Iterator[tuple[str, str]]:
         yield "memory", f"not known: {report.why_no_memory}"
     if report.time is not None:
         yield "time", _time(report)
+    for note in report.notes:
+        yield "note", note
 
 
 def _data(data: DataReport) -> str:
@@ -83,9 +96,11 @@ def _model(model: ModelReport) -> str:
     )
 
 
-def _step(run: RunReport) -> str:
+def _step(run: RunReport, several: bool) -> str:
     size = _number(run.rows_per_step, "row")
-    micro = f"{_number(run.micro_batches, 'micro-batch')} of at most {_number(run.micro_rows, 'row')}"
+    micro = f"{_number(run.micro_batches, 'micro-batch')} of at most {_number(run.rows_at_once, 'row')}"
+    if several:
+        micro += f" on all devices, {run.device_tokens:,} tokens on each"
     last = (
         "" if run.rows_of_last_step == run.rows_per_step else f"; the last has {_number(run.rows_of_last_step, 'row')}"
     )
@@ -105,12 +120,15 @@ def _number(number: int, word: str) -> str:
 
 
 def _memory(report: Report, memory: Memory) -> Iterator[tuple[str, str]]:
-    yield "memory", f"{gigabytes(memory.total)} at the fullest moment{_verdict(report, memory)}"
+    each = " on each device" if report.layout is not None and report.layout.world > 1 else ""
+    yield "memory", f"{gigabytes(memory.total)}{each} at the fullest moment{_verdict(report, memory)}"
     width = len(gigabytes(memory.total))
     for name, label in _MEMORY.items():
         size = getattr(memory, name)
         if size:
             yield f"  {label}", f"{gigabytes(size):>{width}}"
+    if memory.host:
+        yield "  host", f"{gigabytes(memory.host):>{width}} in the host's memory instead{each and ', for each device'}"
 
 
 def _verdict(report: Report, memory: Memory) -> str:
@@ -128,6 +146,8 @@ def _time(report: Report) -> str:
     if time.seconds_per_step is None or time.seconds is None or device.flops is None:
         return f"{arithmetic}; how fast {device.name} is in this precision is not known"
     speed = f"{device.utilisation:.0%} of {device.name}'s {_flops(device.flops)}"
+    if report.layout is not None and report.layout.world > 1:
+        speed += f" on {report.layout.world} devices, communication not counted"
     return f"{arithmetic}; {_duration(time.seconds_per_step)} each, {_duration(time.seconds)} in all, at {speed}"
 
 
