@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from llmt_shared.dataset import open_dataset
 from llmt_shared.errors import ConfigError, DataError, FormatError, Stopped
+from llmt_train import policy
 from llmt_train import precompute as module
 from llmt_train.cli import app
 from llmt_train.config import RunConfig
@@ -218,7 +219,7 @@ def test_a_damaged_overlay_is_not_called_finished_again(data, damage):
 
 def test_a_reference_that_is_not_finite_is_no_reference(data, monkeypatch):
     monkeypatch.setattr(
-        module, "live_reference", lambda *_, **__: lambda batch: torch.full(batch.pairs.shape, math.nan)
+        policy, "live_reference", lambda *_, **__: lambda batch: torch.full(batch.pairs.shape, math.nan)
     )
     with pytest.raises(DataError, match=r"no finite log-probability in one of the rows \[0, 1\]"):
         precompute(make_config(data))

@@ -8,7 +8,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from llmt_shared.errors import ConfigError
 from llmt_train.attention import Segments
 from llmt_train.attention.transformers_hook import attend
+from llmt_train.config import ParallelConfig
 from llmt_train.model.isolation import check_isolation
+from llmt_train.parallel.mesh import open_mesh
+from llmt_train.parallel.sharding import shard
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "granite", "cohere", "olmo2"])
@@ -22,19 +25,28 @@ def test_other_dtypes_pass(dtype):
     check_isolation(tiny("gemma2", dtype=dtype))
 
 
-def test_autocast_passes():
-    check_isolation(tiny("qwen3"), autocast=torch.bfloat16)
+def in_bf16(model):
+    """The model as a run computes with it: weights in fp32, arithmetic in bf16."""
+    shard(model, open_mesh(ParallelConfig()), compute=torch.bfloat16)
+    return model
 
 
+@pytest.mark.usefixtures("process_group")
+def test_arithmetic_in_bf16_passes():
+    check_isolation(in_bf16(tiny("qwen3")), compute=torch.bfloat16)
+
+
+@pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("initializer_range", [0.02, 1e-3])
 def test_a_freshly_drawn_model_passes_in_bf16(initializer_range):
-    check_isolation(tiny("llama", initializer_range=initializer_range), autocast=torch.bfloat16)
+    check_isolation(in_bf16(tiny("llama", initializer_range=initializer_range)), compute=torch.bfloat16)
 
 
+@pytest.mark.usefixtures("process_group")
 def test_one_document_instead_of_two_is_seen_in_bf16():
     model = use(tiny("llama", initializer_range=0.02), "test-merged", leaking(lambda lengths: [sum(lengths)]))
     with pytest.raises(ConfigError):
-        check_isolation(model, autocast=torch.bfloat16)
+        check_isolation(in_bf16(model), compute=torch.bfloat16)
 
 
 @pytest.mark.parametrize("family", ["bloom", "mamba2"])

@@ -28,7 +28,6 @@ from llmt_train.check.dryrun import (
     micro_batch,
     optimizer_step,
     warm_up,
-    whole_outside_layers,
 )
 from llmt_train.check.livebytes import storage_of
 from llmt_train.check.pretend import as_rank
@@ -55,8 +54,7 @@ class Memory:
     optimizer: int
     """What the optimizer keeps from step to step."""
     reference: int
-    """The reference of dpo, where it is a model of its own: its weights, and those outside its layers once more, whole
-    as they were computed with."""
+    """The reference of dpo, where it is a model of its own: its weights."""
     activations: int
     """What the layers of a micro-batch keep for their backward pass."""
     exchanged: int
@@ -87,8 +85,6 @@ class _Counted(NamedTuple):
     buffers: int
     gradients: int
     """Its parts of them."""
-    outside: int
-    """Whole parameters outside of the layers."""
     largest: int
     """Its parts of the parameters that are gathered together: of the most."""
     update: StepPeaks
@@ -162,7 +158,6 @@ def _count(
             parameters=_held(parameters),
             buffers=_held(model.buffers()),
             gradients=_held(parameter for parameter in parameters if parameter.requires_grad),
-            outside=whole_outside_layers(model),
             largest=max(map(_held, _groups(model))),
             update=optimizer_step(model, partial(build_optimizer, config=config.optim)),
             peaks=micro_batch(
@@ -184,7 +179,7 @@ def _memory(counted: _Counted, config: RunConfig, device_type: str, exchanges_on
         weights=weights,
         gradients=peaks.waiting if exchanges_once else counted.gradients,
         optimizer=update.state,
-        reference=weights + counted.outside if _has_reference(config) else 0,
+        reference=weights if _has_reference(config) else 0,
         activations=peaks.kept,
         exchanged=peaks.exchanged,
         head=peaks.head,
@@ -202,7 +197,7 @@ def _offloaded(memory: Memory, counted: _Counted) -> Memory:
         weights=counted.buffers,
         gradients=counted.peaks.waiting,
         optimizer=0,
-        reference=counted.buffers + counted.outside if has_reference else 0,
+        reference=counted.buffers if has_reference else 0,
         exchanged=memory.exchanged + counted.largest,
         working=counted.peaks.again,
         host=counted.parameters * (1 + has_reference) + counted.gradients + memory.optimizer + counted.update.scratch,

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 import torch.testing._internal.distributed.fake_pg as fake  # makes the backend "fake" known
+from torch._C._distributed_c10d import _register_process_group, _resolve_process_group
 from torch.distributed import distributed_c10d
 
 from llmt_train.parallel.layout import Layout
@@ -29,6 +30,7 @@ def as_rank(layout: Layout, rank: int, function: Callable[[Mesh], T]) -> T:
 
     def run() -> T:
         with _elsewhere():
+            _make_known_again()
             default, mesh = _place(layout, rank)
             _elsewhere_state.default_pg = default
             return function(mesh)
@@ -51,6 +53,15 @@ def _place(layout: Layout, rank: int) -> tuple[Any, Mesh]:
     _elsewhere_state.default_pg = None
     dist.init_process_group("fake", store=fake.FakeStore(), rank=rank, world_size=layout.world)
     return _elsewhere_state.default_pg, build_mesh(layout, "cpu")
+
+
+def _make_known_again() -> None:
+    """Tell torch the groups' names again: the end of a process's own group makes it forget all that it knew."""
+    for group, name in _elsewhere_state.pg_names.items():
+        try:
+            _resolve_process_group(name)
+        except RuntimeError:
+            _register_process_group(name, group)
 
 
 @contextmanager

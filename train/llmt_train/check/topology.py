@@ -13,6 +13,7 @@ from llmt_shared.errors import ConfigError
 from llmt_train.config import ParallelConfig, RunConfig
 from llmt_train.parallel.layout import Layout
 from llmt_train.parallel.plans import check_plan, vocabulary_note
+from llmt_train.parallel.started import how_started
 
 
 def num_processes(config: ParallelConfig, *, on: str | None = None, devices: int | None = None) -> int:
@@ -36,11 +37,15 @@ def num_processes(config: ParallelConfig, *, on: str | None = None, devices: int
 
 
 def launched_processes(environment: Mapping[str, str] = os.environ) -> int | None:
-    """Return how many processes this one is one of, as its launcher says; ``None`` where a user started it."""
+    """Return how many processes this one is one of, as its launcher says; ``None`` where a user started it.
+
+    Raises:
+        ConfigError: the launcher says half of it.
+    """
     if dist.is_initialized() and dist.get_world_size() > 1:
         return dist.get_world_size()
-    said = environment.get("WORLD_SIZE", "")
-    return int(said) if said.isdecimal() and "RANK" in environment else None
+    started = how_started(environment)
+    return started.world if started is not None else None
 
 
 def processes_of_machine(world: int, environment: Mapping[str, str] = os.environ) -> int:
