@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from train.parallel.ranks import on_ranks
+from train.parallel.test_gradients import EXPERTS, OTHERS
 from train.tiny_dataset import WORDS, write_dataset
 
 from llmt_train.checkpoints.folders import find_checkpoint
@@ -64,3 +65,29 @@ def test_what_two_by_two_ranks_saved_is_exported_and_validated(tmp_path: Path, f
     saved = [record["eval"] for record in read_metrics(tmp_path / "run") if "eval" in record][-1]
     found = validate(tmp_path / "run", ["parallel.dp=1", "parallel.tp=1"]).eval
     assert found["loss"] == pytest.approx(saved["loss"], rel=1e-5)
+
+
+def train_all(runs: list[dict[str, Any]], parallel: dict[str, Any]) -> None:
+    for run in runs:
+        train(run, 1, parallel)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("families", "parallel"), [(OTHERS, {"dp": 2, "tp": 2}), (EXPERTS, {"dp": 4})])
+def test_every_family_is_exported_from_what_four_ranks_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, families: dict[str, dict[str, Any]], parallel: dict[str, Any]
+) -> None:
+    """As plain transformers computes with it, see `export.TOLERANCE`."""
+    # Some families have rules for tokenizers, which the one of these tests, of whole words, does not follow.
+    monkeypatch.setattr("llmt_train.export._tokenizer_mistake", lambda folder: None)
+    data = str(write_dataset(tmp_path / "data", num_rows=30))
+    runs = [
+        {
+            "task": "pretrain", "model": {"from_config": _SMALL | {"model_type": name} | keys}, "data": data,
+            "batch": {"tokens": 96, "micro_rows": 1}, "output": str(tmp_path / name), "optim": {"lr": 1e-2},
+        }
+        for name, keys in families.items()
+    ]  # fmt: skip
+    on_ranks(4, train_all, runs, parallel)
+    for name in families:
+        assert export(tmp_path / name, tmp_path / "models" / name, check=True).largest_difference <= 1e-5, name

@@ -100,6 +100,58 @@ def test_how_ranks_exchange_changes_nothing(way: str, packed: dict[str, Path], a
             assert got.norm == pytest.approx(alone[index].norm, rel=TOLERANCE)
 
 
+_HEADS = {"head_dim": 16}
+OTHERS: dict[str, dict[str, Any]] = {
+    "llama tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "llama, a vocabulary that does not divide": {"model_type": "llama", "vocab_size": 1001},
+    "mistral": {"sliding_window": 8},
+    "qwen2": {},
+    "qwen3": _HEADS,
+    "smollm3": {"pad_token_id": 0},
+    "olmo2": {"pad_token_id": 0},
+    # A cap that does not saturate: where it does, a gradient is rounding and nothing else.
+    "gemma2": {**_HEADS, "sliding_window": 8, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0},
+    "granite": {"logits_scaling": 4.0, "residual_multiplier": 0.5, "embedding_multiplier": 2.0},
+}
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {**_HEADS, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+}
+
+
+def of_families(
+    families: dict[str, dict[str, Any]], packed: dict[str, Path], folder: Path, parallel: dict[str, Any]
+) -> list[dict[str, Any]]:
+    run = configs(packed, folder, parallel)[0]
+    run["task"], run["clm"] = "pretrain", {}
+    return [run | {"model": {"from_config": _SMALL | {"model_type": name} | keys}} for name, keys in families.items()]
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel"),
+    [(2, {"tp": 2}), pytest.param(4, {"dp": 2, "tp": 2, "sp": False}, marks=pytest.mark.slow)],
+    ids=["tp2 sp", "dp2 tp2"],
+)
+def test_a_step_of_every_family_with_a_plan(world: int, parallel: dict[str, Any], packed, tmp_path: Path):
+    alone = on_ranks(1, take, of_families(OTHERS, packed, tmp_path, {}))[0]
+    for found in on_ranks(world, take, of_families(OTHERS, packed, tmp_path, parallel)):
+        assert_equal(list(OTHERS), found, alone)
+
+
+def test_a_step_of_experts_sharded_by_fsdp_alone(packed: dict[str, Path], tmp_path: Path):
+    alone = on_ranks(1, take, of_families(EXPERTS, packed, tmp_path, {}))[0]
+    for found in on_ranks(2, take, of_families(EXPERTS, packed, tmp_path, {"dp": 2})):
+        assert_equal(list(EXPERTS), found, alone)
+
+
+def assert_equal(names: list[str], found: list[Taken], alone: list[Taken]) -> None:
+    for name, got, wanted in zip(names, found, alone, strict=True):
+        assert got.measures == pytest.approx(wanted.measures, rel=TOLERANCE), name
+        assert got.gradients.keys() == wanted.gradients.keys(), name
+        assert gradient_error(got.gradients, wanted.gradients) <= TOLERANCE, name
+        assert (got.norm, got.clipped) == pytest.approx((wanted.norm, wanted.clipped), rel=TOLERANCE), name
+
+
 def decided(measures: dict[str, float]) -> dict[str, float]:
     """Without which side of a pair is ahead: before the first step policy and reference are equal, up to rounding."""
     return {name: value for name, value in measures.items() if "accuracy" not in name}
