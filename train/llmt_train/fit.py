@@ -185,7 +185,6 @@ def build_module(setup: Setup) -> TrainModule:
         num_sources=len(setup.dataset.sources),
         attention=config.attention,
         deterministic=config.train.deterministic,
-        saves_trained_alone=config.lora is not None,
         exchanges_once=config.parallel.no_sync,
     )
 

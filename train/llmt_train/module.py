@@ -1,7 +1,7 @@
 """The one LightningModule: a micro-batch to a loss that adds up to the whole step's, however the step is split."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -14,7 +14,6 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from llmt_shared.order import key
 from llmt_train.data.batch import PackedBatch
-from llmt_train.model.adapters import check_trained_state, trained_state
 from llmt_train.model.head import HeadSpec, Scores, model_scores
 from llmt_train.model.neftune import noisy_embeddings
 from llmt_train.objectives import Measures, share
@@ -53,7 +52,6 @@ class TrainModule(pl.LightningModule):
         num_sources: int = 1,
         attention: str = "auto",
         deterministic: bool = False,
-        saves_trained_alone: bool = False,
         exchanges_once: bool = False,
     ) -> None:
         """Keep what a run needs; nothing is computed yet.
@@ -69,8 +67,6 @@ class TrainModule(pl.LightningModule):
             num_sources: of the dataset, for evaluation by source.
             attention: backend, or ``auto``.
             deterministic: see `varlen_attention`.
-            saves_trained_alone: leave out of checkpoints what does not train: adapters are small, the model beside
-                them is not, and lies where it was loaded from.
             exchanges_once: exchange gradients at a step's last micro-batch alone.
         """
         super().__init__()
@@ -85,7 +81,6 @@ class TrainModule(pl.LightningModule):
         self.num_sources = num_sources
         self.attention = attention
         self.deterministic = deterministic
-        self.strict_loading = not saves_trained_alone
         self.step_parts: list[StepPart] = []
         """Of the optimizer step's micro-batches so far, on this rank; complete in ``on_before_optimizer_step`` and
         until the next step's first micro-batch."""
@@ -150,16 +145,6 @@ class TrainModule(pl.LightningModule):
         own = [_over(part, self.mesh.cp) for part in self.step_parts]
         return [part for parts in zip(*gathered(own, self.mesh.dp), strict=True) for part in parts]
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out what does not train, where that is wanted."""
-        if not self.strict_loading:
-            checkpoint["state_dict"] = with_prefix(trained_state(self.model))
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Look for what is missing, which Lightning does not where something may be left out."""
-        if not self.strict_loading:
-            check_trained_state(self.model, without_prefix(checkpoint["state_dict"]))
-
     def on_validation_epoch_start(self) -> None:
         """Begin an evaluation."""
         self.evaluation = Evaluation(self.num_sources)
@@ -185,20 +170,6 @@ class TrainModule(pl.LightningModule):
         # Ranks that share layers draw the same, also where each has some of the tokens: their embedding has them all.
         place = (self.trainer.global_step, len(self.step_parts), self.mesh.averaged.rank)
         torch.manual_seed(key(self.seed, *place))
-
-
-_PREFIX = "model."
-"""Of the model's own names in what Lightning saves of this module."""
-
-
-def with_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state of a model as its module has it."""
-    return {_PREFIX + name: tensor for name, tensor in state.items()}
-
-
-def without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state of the model from its module's."""
-    return {name.removeprefix(_PREFIX): tensor for name, tensor in state.items() if name.startswith(_PREFIX)}
 
 
 class Evaluation:

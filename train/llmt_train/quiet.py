@@ -13,6 +13,11 @@ _MEANT_FOR_OTHERS = (
     r"The .grad attribute of a Tensor that is not a leaf",  # torch's compiler looks at it
     r"The `srun` command is available on your system",  # one process, started by whoever wants to
 )
+_LEVELS = {
+    "lightning.pytorch": logging.WARNING,
+    "lightning.fabric": logging.WARNING,
+    "torch.distributed.tensor._redistribute": logging.ERROR,  # a norm is added up axis by axis; it is one number
+}
 
 
 @contextmanager
@@ -31,16 +36,16 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Drop Lightning's tips and remarks on its own settings."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
+    """Drop Lightning's tips and remarks on its own settings, and torch's on how it adds up."""
+    levels = {logging.getLogger(name): level for name, level in _LEVELS.items()}
+    before = {logger: logger.level for logger in levels}
     with warnings.catch_warnings():
         for message in _MEANT_FOR_OTHERS:
             warnings.filterwarnings("ignore", message)
-        for logger in loggers:
-            logger.setLevel(logging.WARNING)
+        for logger, level in levels.items():
+            logger.setLevel(level)
         try:
             yield
         finally:
-            for logger, level in zip(loggers, levels, strict=True):
+            for logger, level in before.items():
                 logger.setLevel(level)

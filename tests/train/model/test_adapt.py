@@ -116,3 +116,23 @@ def test_bf16_true_is_near_fp32(data, tmp_path):
 def test_liger_without_a_gpu_is_refused_before_the_first_step(data, tmp_path):
     with pytest.raises(ConfigError, match=r"train.liger: needs a CUDA device"):
         run(data, tmp_path / "run", {"liger": True})
+
+
+ERNIE = {**LLAMA, "model_type": "ernie4_5_moe", "num_key_value_heads": 2, "moe_intermediate_size": 16,
+         "moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 0}  # fmt: skip
+TWO_DTYPES = {
+    "adapters beside norms": {"lora": {"rank": 4, "train_also": ["norm", "embed"]}},
+    "routers in fp32": {"model": {"from_config": ERNIE}},  # the family wants them so
+}
+
+
+@pytest.mark.parametrize("changes", TWO_DTYPES.values(), ids=TWO_DTYPES)
+def test_a_layer_may_train_in_two_dtypes(data, tmp_path, changes):
+    weights = run(data, tmp_path / "half", precision="bf16-true", **changes)
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16, torch.float32}
+    run(data, tmp_path / "whole", precision="fp32", **changes)
+    assert curve(tmp_path / "half") == pytest.approx(curve(tmp_path / "whole"), rel=2e-2)
+    run(data, tmp_path / "again", {"checkpointing": "full"}, precision="bf16-true", **changes)
+    assert curve(tmp_path / "again") == curve(tmp_path / "half")
+    with pytest.raises(ConfigError, match=r"checkpointing: selective cannot .* another dtype .* wanted full"):
+        run(data, tmp_path / "refused", {"checkpointing": "selective"}, precision="bf16-true", **changes)

@@ -1,11 +1,15 @@
 """The groups of a layout."""
 
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from train.parallel.ranks import on_ranks
 
 from llmt_train.parallel.layout import Layout, place_of, rank_of
 from llmt_train.parallel.mesh import Axis, build_mesh
+from llmt_train.parallel.together import control_group
 
 
 def _sums(layout: Layout) -> dict[str, float]:
@@ -32,3 +36,16 @@ def test_each_axis_joins_the_ranks_that_differ_in_it_alone():
 def test_context_parallel_ranks_are_averaged_over_but_read_the_same_rows():
     for rank, found in enumerate(on_ranks(2, _sums, Layout(1, 1, 2, 1))):
         assert found == {"tp": 1 << rank, "cp": 3, "dp": 1 << rank, "averaged": 3}
+
+
+def _timeouts(seconds: int) -> set[timedelta]:
+    _set_pg_timeout(timedelta(seconds=seconds))
+    meshes = [build_mesh(layout, "cpu") for layout in (Layout(1, 1, 1, 2), Layout(1, 1, 2, 1), Layout(1, 2, 1, 1))]
+    axes = [axis.group for mesh in meshes for axis in (mesh.tp, mesh.cp, mesh.dp, mesh.averaged)]
+    groups = [group for mesh in meshes for group in mesh.parameters.get_all_groups()]
+    backends = [group._get_backend(torch.device("cpu")) for group in [*axes, *groups, control_group()] if group]
+    return {backend.options._timeout for backend in backends}
+
+
+def test_ranks_wait_as_long_in_every_group_as_in_that_of_all():
+    assert on_ranks(2, _timeouts, 77) == [{timedelta(seconds=77)}] * 2

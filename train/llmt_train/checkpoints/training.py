@@ -144,11 +144,6 @@ def state_of(model: nn.Module, *, trained_alone: bool = False) -> dict[str, Tens
     return state
 
 
-def model_tensors(index: Index) -> dict[str, Stored]:
-    """Return what of a checkpoint's tensors is the model's, by the model's own names."""
-    return {name.removeprefix(_MODEL): stored for name, stored in index.tensors.items() if name.startswith(_MODEL)}
-
-
 def read_model(folder: Path, model: nn.Module, *, trained_alone: bool = False) -> None:
     """Fill a model in place, on any layout, from a checkpoint.
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmt_shared.errors import ConfigError, FormatError
+from llmt_shared.errors import ConfigError
 from llmt_train.config import LoraConfig
 from llmt_train.model.freezing import matching
 
@@ -75,19 +75,6 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """Return what a model with adapters has learned: all that a checkpoint needs beside the model it began with."""
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def check_trained_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Compare the names and shapes of a state with what the model has to learn.
-
-    Raises:
-        FormatError: it is of other adapters.
-    """
-    wanted = {name: tensor.shape for name, tensor in trained_state(model).items()}
-    found = {name: tensor.shape for name, tensor in state.items()}
-    if wanted != found:
-        odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-        raise FormatError(f"the checkpoint holds other adapters than the run's; the first that differs: {odd[0]}")
 
 
 def merge_adapters(model: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -36,13 +37,24 @@ def recompute(model: nn.Module, config: CheckpointingConfig) -> None:
     """Let every ``config.every``-th layer keep only what the policy says. Values and gradients stay the same.
 
     Raises:
-        ConfigError: transformers does not say what the model's layers are.
+        ConfigError: transformers does not say what the model's layers are; or the policy cannot tell their operations.
     """
     if config.policy == "none":
         return
     run = _RUN[config.policy]
-    for layer in layers_of(model, f"train.checkpointing: {config.policy}")[:: config.every]:
+    layers = layers_of(model, f"train.checkpointing: {config.policy}")[:: config.every]
+    if config.policy != "full" and any(_gathers_inside(layer) for layer in layers):
+        raise ConfigError(
+            f"train.checkpointing: {config.policy} cannot tell what a layer computes from what it gathers of parts "
+            "that train in another dtype than the rest (precision: bf16-true); wanted full, none or another precision"
+        )
+    for layer in layers:
         layer.forward = MethodType(_checkpointed(layer.forward.__func__, run), layer)
+
+
+def _gathers_inside(layer: nn.Module) -> bool:
+    """Whether parts of a layer are sharded for themselves: see `sharding`."""
+    return any(isinstance(module, FSDPModule) for module in layer.modules() if module is not layer)
 
 
 def layers_of(model: nn.Module, key: str) -> list[Any]:

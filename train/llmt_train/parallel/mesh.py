@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from llmt_train.config import ParallelConfig
 from llmt_train.parallel.layout import Layout, Place, layout_of, place_of
+from llmt_train.parallel.patience import as_patient_as_all
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ def build_mesh(layout: Layout, device_type: str) -> Mesh:
     rank = dist.get_rank()
     shape = (layout.replicate, layout.shard * layout.cp, layout.tp)
     parameters = init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard", "tp"))
+    for group in parameters.get_all_groups():
+        as_patient_as_all(group)
     return Mesh(
         layout,
         place_of(layout, rank),
@@ -84,7 +87,7 @@ def _axis(layout: Layout, rank: int, names: tuple[str, ...]) -> Axis:
     for ranks in groups.values():
         group = dist.new_group(ranks)
         if rank in ranks:
-            found = Axis(group, len(ranks), ranks.index(rank))
+            found = Axis(as_patient_as_all(group), len(ranks), ranks.index(rank))
     return found
 
 

@@ -5,7 +5,8 @@ whatever the layout, the optimizer and the clipping see the same thing, and weig
 copy of them in either precision.
 """
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -30,6 +31,7 @@ def shard(model: Any, mesh: Mesh, *, compute: torch.dtype | None = None, offload
     """Shard a model's parameters over the ranks that average gradients; gradients are reduced in fp32.
 
     Each layer is gathered by itself, and what lies outside the layers (embedding, last norm, head) with the model.
+    What trains in another dtype than the rest of these is gathered apart.
 
     Args:
         model: of transformers, its parameters perhaps split over tp; on the meta device or not.
@@ -38,12 +40,39 @@ def shard(model: Any, mesh: Mesh, *, compute: torch.dtype | None = None, offload
         offload: keep the parts of this rank in the host's memory.
     """
     policy: OffloadPolicy = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()
-    for layer in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
-        fully_shard(layer, mesh=mesh.fsdp, mp_policy=_precision(compute), offload_policy=policy)
     root = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
-    fully_shard(model, mesh=mesh.fsdp, mp_policy=root, offload_policy=policy)
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for unit in [*layers, model]:
+        for module in _of_other_dtypes(unit):
+            fully_shard(module, mesh=mesh.fsdp, mp_policy=_precision(compute), offload_policy=policy)
+        precision = root if unit is model else _precision(compute)
+        fully_shard(unit, mesh=mesh.fsdp, mp_policy=precision, offload_policy=policy)
     model.run_function = MethodType(_run, model)
     register_fsdp_forward_method(model, "run_function")
+
+
+def _of_other_dtypes(unit: nn.Module) -> list[nn.Module]:
+    """Modules that train in another dtype than most of a unit: FSDP2 wants one dtype of all that it gathers at once.
+
+    With weights in bf16 there may be fp32 beside them: adapters, or what a family wants so, such as routers.
+    """
+    dtypes = {
+        module: {parameter.dtype for parameter in module.parameters(recurse=False) if parameter.requires_grad}
+        for module in _own_modules(unit)
+    }
+    found = Counter(dtype for each in dtypes.values() for dtype in each)
+    if len(found) < 2:
+        return []
+    [(usual, _)] = found.most_common(1)
+    return [module for module, each in dtypes.items() if each - {usual}]
+
+
+def _own_modules(unit: nn.Module) -> Iterator[nn.Module]:
+    """A module and those inside it, but for those that are sharded already."""
+    yield unit
+    for child in unit.children():
+        if not isinstance(child, FSDPModule):
+            yield from _own_modules(child)
 
 
 def _precision(compute: torch.dtype | None) -> MixedPrecisionPolicy:

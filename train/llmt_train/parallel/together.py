@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from llmt_shared import errors
 from llmt_shared.errors import LlmtError
+from llmt_train.parallel.patience import as_patient_as_all
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -138,7 +139,7 @@ def _group_beside(world: dist.ProcessGroup) -> dist.ProcessGroup:
 def _new_group() -> dist.ProcessGroup:
     group = dist.new_group(backend="gloo")
     assert isinstance(group, dist.ProcessGroup)
-    return group
+    return as_patient_as_all(group)
 
 
 def _describe(error: Exception) -> Failure:

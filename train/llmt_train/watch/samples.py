@@ -27,6 +27,7 @@ from llmt_train.model.load import evaluating
 from llmt_train.module import TrainModule
 from llmt_train.parallel.context import WHOLE, TokenSplit
 from llmt_train.parallel.mesh import ALONE
+from llmt_train.parallel.together import exchanged
 from llmt_train.policy import split_of
 from llmt_train.setup import Setup
 
@@ -121,7 +122,8 @@ def generate(sampler: Sampler, module: TrainModule, step: int, split: TokenSplit
     while going:
         texts = [[*sampler.prompts[place].ids, *written[place]] for place in going]
         logits_PV = _next_logits(module, texts, split)
-        chosen = choose(logits_PV, sampler.temperature, [generators[place] for place in going])
+        own = choose(logits_PV, sampler.temperature, [generators[place] for place in going])
+        chosen = exchanged(own)[0]  # ranks may round in other ways, and must go on with the same texts
         for place, token in zip(going, chosen, strict=True):
             written[place].append(token)
         going = [
