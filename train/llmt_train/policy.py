@@ -56,12 +56,12 @@ def open_policy(config: RunConfig, dataset: AnyDataset, mesh: Mesh) -> Opened:
     return Opened(model, weights, prove(model, config, mesh))
 
 
-def open_reference(config: RunConfig, dataset: AnyDataset, mesh: Mesh) -> tuple[Logps, str]:
-    """Build the model that a run begins with as one that never changes; return it and its weights' fingerprint."""
+def open_reference(config: RunConfig, dataset: AnyDataset, mesh: Mesh) -> tuple[Logps, Callable[[], str]]:
+    """Build the model that a run begins with as one that never changes; return it and what fingerprints its weights."""
     model = _filled(config, dataset, mesh, partial(_keep, config=config))
     head = prove(model, config, mesh)
     logps = live_reference(model, head, attention=config.attention, deterministic=config.train.deterministic)
-    return logps, fingerprint(model, where_on_disk(model))
+    return logps, partial(fingerprint, model, where_on_disk(model))
 
 
 def _keep(model: Any, config: RunConfig) -> None:

@@ -10,7 +10,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from llmt_shared.progress import is_silent
-from llmt_train.parallel.agreement import largest
+from llmt_train.parallel.reduction import largest
 
 
 class StopRequest:

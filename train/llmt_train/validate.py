@@ -148,7 +148,8 @@ def _open_task(
             f"{checkpoint}: its reference was drawn for the vocabulary of the run's own dataset; wanted that one, or "
             "`dpo.reference=none`"
         )
-    live, weights = open_reference(config, dataset, mesh)
+    live, weigh = open_reference(config, dataset, mesh)
+    weights = weigh()
     if state.base not in (None, weights):
         raise ConfigError(
             f"{checkpoint}: its reference had other weights than {model_name(config)} has now, or another precision; "

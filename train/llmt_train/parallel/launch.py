@@ -138,7 +138,11 @@ def launch(command: Sequence[str], number: int, *, timeout: float, grace: float 
     shown: set[str] = set()
     with _handing_on_signals() as (workers, received):
         for rank in range(number):
-            workers.append(_start(command, rank, number, port, shown))
+            worker = _start(command, rank, number, port, shown)
+            before = list(received)  # signals that came before there was anybody to hand them to
+            workers.append(worker)
+            for signal_number in before:
+                worker.process.send_signal(signal_number)
         _watch(workers, timeout, grace)
     codes = [worker.process.returncode for worker in workers]
     if any(codes):
