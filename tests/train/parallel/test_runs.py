@@ -16,7 +16,7 @@ from train.tiny_dataset import write_dataset
 
 from llmt_train.watch.metrics import read_metrics
 
-_STEPS = 40
+_STEPS = 24
 _MODEL = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
           "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1}  # fmt: skip
 
@@ -28,7 +28,7 @@ def config(tmp_path: Path) -> Path:
     path.write_text(json.dumps({
         "task": "pretrain", "model": {"from_config": _MODEL}, "data": str(data), "output": str(tmp_path / "run"),
         "batch": {"tokens": 96}, "train": {"steps": _STEPS}, "optim": {"lr": 1e-3}, "save": {"every": 3},
-        "eval": {"every": 20},
+        "eval": {"every": 12},
     }))  # fmt: skip
     return path
 
