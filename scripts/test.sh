@@ -6,4 +6,4 @@ cd "$(dirname "$0")/.."
 . scripts/environment.sh
 set_up
 [ $# -gt 0 ] || set -- -m "not slow"
-exec python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile "$@"
+exec python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder "$@"
