@@ -34,9 +34,10 @@ from llmt_train.model.fused import split_fused
 from llmt_train.model.load import load_skeleton
 from llmt_train.model.neftune import noisy_embeddings
 from llmt_train.model.recompute import layers_of
+from llmt_train.parallel.collectives import enter
 from llmt_train.parallel.layout import Layout, place_of
 from llmt_train.parallel.mesh import ALONE, Axis, Mesh, build_mesh
-from llmt_train.parallel.tensor import enter, tensor_parallel
+from llmt_train.parallel.tensor import tensor_parallel
 
 TP2, DP2_TP2 = Layout(1, 1, 1, 2), Layout(1, 2, 1, 2)
 IN_FULL = ("llama", "phi3")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
-from llmt_train.parallel.collectives import copy_in, gather, gather_same
+from llmt_train.parallel.collectives import enter, gather_same
 from llmt_train.parallel.mesh import ALONE, Axis
 
 CHUNK = 1024
@@ -53,9 +53,8 @@ class HeadSpec:
 
     def whole(self, hidden: Tensor) -> Tensor:
         """Return all tokens of hidden states, for this rank to make its part of the logits of; gradients are summed."""
-        if self.axis.size == 1:
-            return gather_same(hidden, self.tokens, 0)
-        return copy_in(hidden, self.axis) if self.tokens.size == 1 else gather(hidden, self.axis, 0)
+        is_shared, sp = self.axis.size > 1, self.tokens.size > 1
+        return enter(hidden, self.axis if is_shared else self.tokens, sp, is_shared=is_shared)
 
 
 class Scores(NamedTuple):

@@ -22,49 +22,89 @@ from llmt_train.parallel.mesh import Axis
 _all_gather = cast("Callable[..., Any]", getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)
 _reduce_scatter = cast("Callable[..., Any]", getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor)
 
+Operation = Callable[..., Tensor]
+"""Of a tensor, an axis and dims."""
+Dims = tuple[int, ...]
+
 
 def copy_in(x: Tensor, axis: Axis) -> Tensor:
     """Hand what all ranks hold alike to their own parts of a layer: identity; gradients are summed."""
-    return x if axis.size == 1 else _apply(_CopyIn, x, axis)
+    return x if axis.size == 1 else _exchanged(x, axis, _same, (), _summed, ())
 
 
 def sum_out(x: Tensor, axis: Axis) -> Tensor:
     """Sum what the parts of a layer give, for all ranks to use alike; the gradient is each one's own."""
-    return x if axis.size == 1 else _apply(_SumOut, x, axis)
+    return x if axis.size == 1 else _exchanged(x, axis, _summed, (), _same, ())
 
 
 def gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """Join the ranks' parts along a dim, for each to use in its own way; gradients are summed and cut."""
-    return x if axis.size == 1 else _apply(_Gather, x, axis, dim % x.ndim)
+    return x if axis.size == 1 else _exchanged(x, axis, _joined, (dim,), _summed_part, (dim,))
 
 
 def scatter_sum(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """Sum over the ranks and keep the own part along a dim; gradients are joined."""
-    return x if axis.size == 1 else _apply(_ScatterSum, x, axis, dim % x.ndim)
+    return x if axis.size == 1 else _exchanged(x, axis, _summed_part, (dim,), _joined, (dim,))
 
 
 def split(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """Keep the own part, along a dim, of what all ranks hold alike; gradients are joined."""
-    return x if axis.size == 1 else _apply(_Split, x, axis, dim % x.ndim)
+    return x if axis.size == 1 else _exchanged(x, axis, _own, (dim,), _joined, (dim,))
 
 
 def gather_same(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """Join the ranks' parts along a dim, for all to use alike; the gradient is the own part of each one's."""
-    return x if axis.size == 1 else _apply(_GatherSame, x, axis, dim % x.ndim)
+    return x if axis.size == 1 else _exchanged(x, axis, _joined, (dim,), _own, (dim,))
 
 
 def total(x: Tensor, axis: Axis) -> Tensor:
     """Sum over the ranks, for each to use for its own share of the loss; gradients are summed too."""
-    return x if axis.size == 1 else _apply(_Total, x, axis)
+    return x if axis.size == 1 else _exchanged(x, axis, _summed, (), _summed, ())
 
 
 def swap(x: Tensor, axis: Axis, split_dim: int, concat_dim: int) -> Tensor:
     """Exchange which dim is shared out: cut ``split_dim``, whole until now, and join ``concat_dim`` (all-to-all)."""
-    return x if axis.size == 1 else _apply(_Swap, x, axis, split_dim % x.ndim, concat_dim % x.ndim)
+    dims = (split_dim % x.ndim, concat_dim % x.ndim)
+    return x if axis.size == 1 else _exchanged(x, axis, _swapped, dims, _swapped, dims[::-1])
 
 
-def _apply(function: Any, *arguments: Any) -> Tensor:
-    return cast("Tensor", function.apply(*arguments))
+def enter(hidden: Tensor, axis: Axis, sp: bool, *, is_shared: bool = True) -> Tensor:
+    """Return all tokens' hidden states, for what reads them with weights of its own: [.., n, H] to [.., N, H].
+
+    Args:
+        hidden: as they lie between layers; of the decoder, ``last_hidden_state``.
+        axis: ranks that share layers.
+        sp: whether they share the tokens between the layers too.
+        is_shared: whether the ranks share out what comes next. Not where the output layer is whole on every rank (see
+            `shares_vocabulary`): then all compute the same of it.
+    """
+    if is_shared:
+        return gather(hidden, axis, -2) if sp else copy_in(hidden, axis)
+    return gather_same(hidden, axis, -2) if sp else hidden
+
+
+def _exchanged(x: Tensor, axis: Axis, forth: Operation, dims: Dims, back: Operation, back_dims: Dims) -> Tensor:
+    return cast("Tensor", _Exchange.apply(x, axis, forth, dims, back, back_dims))  # type: ignore[no-untyped-call]
+
+
+class _Exchange(torch.autograd.Function):
+    """An operation on the ranks' tensors, and the one that is done with their gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, axis: Axis, forth: Operation, dims: Dims, back: Operation, back_dims: Dims
+    ) -> Tensor:
+        ctx.axis, ctx.back, ctx.dims = axis, back, back_dims
+        return forth(x, axis, *dims)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.back(grad, ctx.axis, *ctx.dims), None, None, None, None, None
+
+
+def _same(x: Tensor, axis: Axis) -> Tensor:
+    del axis
+    return x.view_as(x)
 
 
 def _summed(x: Tensor, axis: Axis) -> Tensor:
@@ -103,90 +143,3 @@ def _swapped(x: Tensor, axis: Axis, split_dim: int, concat_dim: int) -> Tensor:
 def _share(x: Tensor, axis: Axis, dim: int) -> int:
     assert x.shape[dim] % axis.size == 0, f"dim {dim} of {tuple(x.shape)} in {axis.size} parts"
     return x.shape[dim] // axis.size
-
-
-class _CopyIn(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _summed(grad, ctx.axis), None
-
-
-class _SumOut(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        return _summed(x, axis)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, dim: int) -> Tensor:
-        ctx.axis, ctx.dim = axis, dim
-        return _joined(x, axis, dim)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _summed_part(grad, ctx.axis, ctx.dim), None, None
-
-
-class _ScatterSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, dim: int) -> Tensor:
-        ctx.axis, ctx.dim = axis, dim
-        return _summed_part(x, axis, dim)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _joined(grad, ctx.axis, ctx.dim), None, None
-
-
-class _Split(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, dim: int) -> Tensor:
-        ctx.axis, ctx.dim = axis, dim
-        return _own(x, axis, dim)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _joined(grad, ctx.axis, ctx.dim), None, None
-
-
-class _GatherSame(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, dim: int) -> Tensor:
-        ctx.axis, ctx.dim = axis, dim
-        return _joined(x, axis, dim)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _own(grad, ctx.axis, ctx.dim), None, None
-
-
-class _Total(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return _summed(x, axis)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _summed(grad, ctx.axis), None
-
-
-class _Swap(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, split_dim: int, concat_dim: int) -> Tensor:
-        ctx.axis, ctx.split_dim, ctx.concat_dim = axis, split_dim, concat_dim
-        return _swapped(x, axis, split_dim, concat_dim)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _swapped(grad, ctx.axis, ctx.concat_dim, ctx.split_dim), None, None, None

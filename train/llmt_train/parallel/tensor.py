@@ -24,7 +24,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from llmt_shared.errors import ConfigError
 from llmt_train.model.recompute import layers_of
-from llmt_train.parallel.collectives import copy_in, gather, gather_same, scatter_sum, split, sum_out, total
+from llmt_train.parallel.collectives import copy_in, enter, gather_same, scatter_sum, split, sum_out, total
 from llmt_train.parallel.mesh import Axis, Mesh
 from llmt_train.parallel.plans import Plan, check_plan, shares_vocabulary
 
@@ -87,21 +87,6 @@ def tensor_parallel(model: Any, mesh: Mesh, *, sp: bool) -> None:
     if sp:
         layers[0].register_forward_pre_hook(_own_tokens(axis), with_kwargs=True)
         _change(model, _whole_logits)
-
-
-def enter(hidden: Tensor, axis: Axis, sp: bool, *, is_shared: bool = True) -> Tensor:
-    """Return all tokens' hidden states, for what reads them with weights of its own: [.., n, H] to [.., N, H].
-
-    Args:
-        hidden: as they lie between layers; of the decoder, ``last_hidden_state``.
-        axis: ``mesh.tp``.
-        sp: as given to `tensor_parallel`.
-        is_shared: whether the ranks share out what comes next. Not where the output layer is whole on every rank (see
-            `shares_vocabulary`): then all compute the same of it.
-    """
-    if is_shared:
-        return gather(hidden, axis, -2) if sp else copy_in(hidden, axis)
-    return gather_same(hidden, axis, -2) if sp else hidden
 
 
 def local(parameter: Tensor) -> Tensor:
