@@ -28,7 +28,8 @@ LAYOUTS = {
     "tp2": (2, {"tp": 2, "sp": False}),
     "tp2 sp": (2, {"tp": 2}),
     "cp2": (2, {"cp": 2}),
-    "dp2 tp2": (4, {"dp": 2, "tp": 2}),
+    "dp2 tp2 sp": (4, {"dp": 2, "tp": 2}),
+    "dp2 tp2": (4, {"dp": 2, "tp": 2, "sp": False}),
 }
 
 
@@ -65,17 +66,14 @@ def alone(packed: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     return on_ranks(1, take, configs(packed, tmp_path_factory.mktemp("alone"), {}))[0]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=pytest.mark.slow) if name == "dp2 tp2" else name for name in LAYOUTS]
+)
 def test_a_step_is_that_of_one_process(layout: str, packed: dict[str, Path], alone: list[Taken], tmp_path: Path):
     world, parallel = LAYOUTS[layout]
     names = [f"{family} {task}" for family in FAMILIES for task in TASKS]
     for found in on_ranks(world, take, configs(packed, tmp_path, parallel)):
-        for name, got, wanted in zip(names, found, alone, strict=True):
-            assert decided(got.measures) == pytest.approx(decided(wanted.measures), rel=TOLERANCE, abs=TOLERANCE), name
-            assert got.gradients.keys() == wanted.gradients.keys()
-            assert gradient_error(got.gradients, wanted.gradients) <= TOLERANCE, name
-            assert (got.norm, got.clipped) == pytest.approx((wanted.norm, wanted.clipped), rel=TOLERANCE), name
-            assert decided(got.evaluation) == pytest.approx(decided(wanted.evaluation), rel=TOLERANCE, abs=TOLERANCE)
+        assert_equal(names, found, alone)
 
 
 # Ways to do the same that differ from those above in what is exchanged, and when.
@@ -93,11 +91,7 @@ def test_how_ranks_exchange_changes_nothing(way: str, packed: dict[str, Path], a
     chosen = [0, 5, 6]  # pretraining of a Llama, chats and pairs with a Phi-3
     runs = configs(packed, tmp_path, parallel)
     for found in on_ranks(world, take, [runs[index] for index in chosen]):
-        for got, index in zip(found, chosen, strict=True):
-            wanted = decided(alone[index].measures)
-            assert decided(got.measures) == pytest.approx(wanted, rel=TOLERANCE, abs=TOLERANCE)
-            assert gradient_error(got.gradients, alone[index].gradients) <= TOLERANCE
-            assert got.norm == pytest.approx(alone[index].norm, rel=TOLERANCE)
+        assert_equal([str(index) for index in chosen], found, [alone[index] for index in chosen])
 
 
 _HEADS = {"head_dim": 16}
@@ -146,10 +140,12 @@ def test_a_step_of_experts_sharded_by_fsdp_alone(packed: dict[str, Path], tmp_pa
 
 def assert_equal(names: list[str], found: list[Taken], alone: list[Taken]) -> None:
     for name, got, wanted in zip(names, found, alone, strict=True):
-        assert got.measures == pytest.approx(wanted.measures, rel=TOLERANCE), name
+        assert decided(got.measures) == pytest.approx(decided(wanted.measures), rel=TOLERANCE, abs=TOLERANCE), name
         assert got.gradients.keys() == wanted.gradients.keys(), name
         assert gradient_error(got.gradients, wanted.gradients) <= TOLERANCE, name
         assert (got.norm, got.clipped) == pytest.approx((wanted.norm, wanted.clipped), rel=TOLERANCE), name
+        evaluation = pytest.approx(decided(wanted.evaluation), rel=TOLERANCE, abs=TOLERANCE)
+        assert decided(got.evaluation) == evaluation, name
 
 
 def decided(measures: dict[str, float]) -> dict[str, float]:
