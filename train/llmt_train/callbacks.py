@@ -9,13 +9,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch.distributed.tensor import DTensor
 
 from llmt_shared.errors import DataError
 from llmt_train.data.stream import rows_consumed
 from llmt_train.evaluation import Record, evaluate, with_perplexity
 from llmt_train.module import TrainModule
 from llmt_train.parallel.process import Process
+from llmt_train.parallel.reduction import whole
 from llmt_train.setup import Setup
 from llmt_train.stopping import StopRequest
 from llmt_train.watch.blame import describe_spike, not_finite_message, spike_message
@@ -181,4 +181,4 @@ def clip(module: torch.nn.Module, largest: float | None) -> float:
     """Scale the gradient down to a 2-norm of at most ``largest``; return the norm that it had."""
     parameters = [parameter for parameter in module.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if largest is None else largest)
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    return whole(norm).item()

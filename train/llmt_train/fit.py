@@ -24,11 +24,10 @@ from llmt_train.lock import locked
 from llmt_train.module import TrainModule
 from llmt_train.optim import build_optimizer
 from llmt_train.parallel.environment import JoinedGroup
-from llmt_train.parallel.mesh import is_first
 from llmt_train.parallel.process import Process, joined
 from llmt_train.parallel.reduction import summed
 from llmt_train.parallel.strategy import LaidOut, snapshot
-from llmt_train.parallel.together import by_first
+from llmt_train.parallel.together import by_first, own_rank
 from llmt_train.policy import uses_bf16
 from llmt_train.quiet import quiet_lightning, quiet_transformers
 from llmt_train.schedule import build_scheduler
@@ -128,7 +127,7 @@ def _train(
     config, plan = setup.config, setup.plan
     if (tokenizer := setup.dataset.tokenizer_dir) is not None:
         by_first(lambda: checkpoints.copy_files(tokenizer, config.output / "tokenizer"))
-    first = is_first()  # the rank that writes for all
+    first = own_rank() == 0  # the rank that writes for all
     with ExitStack() as stack:
         loggers = stack.enter_context(telling(config, step)) if first else Loggers()
         metrics = MetricsFile(config.output, step, is_written=first)

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING
 
 from llmt_shared.progress import say
-from llmt_train.config import FromConfig, RunConfig
+from llmt_train.config import FromConfig, ParallelConfig, RunConfig
 from llmt_train.data.batch import PackedBatch
 from llmt_train.data.rows import AnyDataset
 from llmt_train.model.adapt import add_rows, choose_trained, resize_embeddings
@@ -146,6 +146,11 @@ def adapterless_reference(model: Any, head: HeadSpec | None, config: RunConfig) 
 def needs_first_weights(config: RunConfig) -> bool:
     """Return whether what the run is depends, beyond its checkpoints, on the weights that it begins with."""
     return config.lora is not None or (config.task == "dpo" and config.dpo.reference != "none")
+
+
+def on_one_device(config: RunConfig) -> RunConfig:
+    """Return a run's config for a command that uses one device, whatever the run trains on."""
+    return config.model_copy(update={"parallel": ParallelConfig(dp=1)})
 
 
 def model_name(config: RunConfig) -> str:

@@ -17,13 +17,13 @@ from llmt_shared import durable
 from llmt_shared.dataset import Dataset
 from llmt_shared.errors import ConfigError, DataError, FormatError, Stopped
 from llmt_shared.progress import stage
-from llmt_train.config import ParallelConfig, RunConfig
+from llmt_train.config import RunConfig
 from llmt_train.data.rows import AnySplit
 from llmt_train.data.stream import Prefetched, read_ahead, read_batch
 from llmt_train.lock import locked
 from llmt_train.parallel.mesh import open_mesh
 from llmt_train.parallel.process import joined
-from llmt_train.policy import Logps, device, open_reference
+from llmt_train.policy import Logps, device, on_one_device, open_reference
 from llmt_train.quiet import quiet_transformers
 from llmt_train.reference import (
     IDENTITY,
@@ -65,7 +65,7 @@ def precompute(config: RunConfig, *, force: bool = False) -> PrecomputeResult:
     """
     if config.task != "dpo":
         raise ConfigError(f"task: {config.task} has no reference; `llmt-train ref` is for task dpo")
-    alone = config.model_copy(update={"parallel": ParallelConfig(dp=1)})  # whatever the training runs on
+    alone = on_one_device(config)
     dataset, plan = open_data(config)
     if not isinstance(dataset, Dataset):
         raise ConfigError("data: synthetic rows lie nowhere, so nothing lies beside them; set `dpo.reference: model`")

@@ -33,6 +33,7 @@ from llmt_train.model.fill import Where, same_name
 from llmt_train.model.head import HeadSpec, model_scores
 from llmt_train.model.load import evaluating
 from llmt_train.objectives import pair_logps
+from llmt_train.parallel.reduction import whole
 
 FORMAT = 1
 IDENTITY = "reference.json"
@@ -118,11 +119,11 @@ def _digests(tensors: Sequence[Sequence[Tensor]]) -> list[str]:
     waiting: deque[Future[None]] = deque()
     with ThreadPoolExecutor(most) as pool:  # hashing lets go of the interpreter lock
         for number, parts in enumerate(tensors):
-            whole = [part.full_tensor() if isinstance(part, DTensor) else part for part in parts]
+            full = [whole(part) for part in parts]
             if number % world == rank:
                 if len(waiting) == most:
                     waiting.popleft().result()
-                waiting.append(pool.submit(_hash, whole, found[number]))
+                waiting.append(pool.submit(_hash, full, found[number]))
     for each in waiting:
         each.result()
     if world > 1:

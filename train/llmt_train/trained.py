@@ -13,6 +13,8 @@ from llmt_train.attention import NAME, register
 from llmt_train.config import LoraConfig
 from llmt_train.model.adapt import resize_embeddings
 from llmt_train.model.adapters import add_adapters
+from llmt_train.model.draw import set_buffers
+from llmt_train.model.fill import materialise
 from llmt_train.model.fused import disk_names, split_fused
 from llmt_train.model.load import load_model
 from llmt_train.reference import fingerprint
@@ -31,10 +33,12 @@ def load_checkpoint_model(checkpoint: Path) -> Any:
         model = _adapted(checkpoint, config)
         checkpoints.read_model(checkpoint, model, trained_alone=True)
         return model.eval()
-    model = _from_config(checkpoint)
+    model = load_checkpoint_skeleton(checkpoint)
     stored = checkpoints.StoredModel(checkpoint).shapes
     if any(len(parts) > 1 for parts in disk_names(model.config, stored).values()):
         split_fused(model)
+    materialise(model, "cpu")
+    set_buffers(model, lambda name, value: None)  # those that follow from the config: no checkpoint holds them
     try:
         checkpoints.read_model(checkpoint, model)
     except FormatError as error:
@@ -44,15 +48,11 @@ def load_checkpoint_model(checkpoint: Path) -> Any:
 
 def load_checkpoint_skeleton(checkpoint: Path) -> Any:
     """Return a checkpoint's model without weights, on the meta device, its layers as transformers has them."""
-    with torch.device("meta"):
-        return _from_config(checkpoint)
-
-
-def _from_config(checkpoint: Path) -> Any:
     register()
     classes: Any = AutoModelForCausalLM
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
-    return classes.from_config(config, attn_implementation=NAME, dtype=torch.float32, trust_remote_code=False)
+    with torch.device("meta"):
+        return classes.from_config(config, attn_implementation=NAME, dtype=torch.float32, trust_remote_code=False)
 
 
 def _adapted(checkpoint: Path, config: Mapping[str, Any]) -> Any:

@@ -10,7 +10,7 @@ from llmt_shared.config import load_config
 from llmt_shared.errors import ConfigError
 from llmt_shared.progress import stage
 from llmt_train import checkpoints
-from llmt_train.config import BatchConfig, FromConfig, ParallelConfig, RunConfig, TrainConfig
+from llmt_train.config import BatchConfig, FromConfig, RunConfig, TrainConfig
 from llmt_train.data.rows import AnyDataset
 from llmt_train.data.stream import Pairing, Plan, plan_run
 from llmt_train.evaluation import Record, evaluate
@@ -25,6 +25,7 @@ from llmt_train.policy import (
     device,
     lay_out,
     model_name,
+    on_one_device,
     open_reference,
 )
 from llmt_train.quiet import quiet_transformers
@@ -63,8 +64,7 @@ def validate(source: Path, overrides: Sequence[str] = (), *, split: str = "valid
         DataError: there is nothing to measure.
     """
     checkpoint = checkpoints.find_checkpoint(source)
-    given = load_config(checkpoint / checkpoints.RUN_CONFIG, RunConfig, overrides)
-    config = given.model_copy(update={"parallel": ParallelConfig(dp=1)})  # whatever the run trained on
+    config = on_one_device(load_config(checkpoint / checkpoints.RUN_CONFIG, RunConfig, overrides))
     with quiet_transformers(), joined(config.parallel):
         setup = _set_up(checkpoint, config, split)
         rows, module = setup.splits[split], build_module(setup)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from train.tiny_models import CONFIGS, packed
 
 from llmt_train.check.dryrun import (
@@ -19,9 +20,8 @@ from llmt_train.check.dryrun import (
     micro_batch,
     optimizer_step,
     warm_up,
-    whole_outside_layers,
 )
-from llmt_train.check.livebytes import storage_of
+from llmt_train.check.livebytes import LiveBytes, storage_of
 from llmt_train.check.pretend import as_rank
 from llmt_train.config import AdamwConfig, CheckpointingConfig
 from llmt_train.config.optim import RateConfig
@@ -114,3 +114,15 @@ def _found(step: Step, model: nn.Module, batch: Any, mesh: Mesh) -> Found:
         micro_batch(model, head, step.task, batch, attention=cpu_attention, exchanges_once=step.exchanges_once),
         optimizer_step(model, partial(build_optimizer, config=step.optimizer)),
     )
+
+
+def whole_outside_layers(model: nn.Module) -> int:
+    """Return the bytes of what FSDP2 makes whole with the model itself, not with one of its layers."""
+    warm_up(model)
+    if not isinstance(model, FSDPModule):
+        return 0
+    with LiveBytes() as counter:
+        model.unshard()
+        size = counter.live
+        model.reshard()
+    return size

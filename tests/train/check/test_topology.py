@@ -48,10 +48,13 @@ def test_elsewhere_it_is_what_is_said_or_the_fewest():
     assert num_processes(ParallelConfig(dp=3), on="H100", devices=16) == 16
 
 
+LAUNCHED = {"RANK": "5", "WORLD_SIZE": "6", "LOCAL_RANK": "1", "MASTER_ADDR": "here", "MASTER_PORT": "29500"}
+
+
 def test_a_launcher_has_the_last_word(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "6")
     assert num_processes(ParallelConfig(dp=2)) == 2  # a number alone is no launcher
-    for name, value in {"RANK": "5", "LOCAL_RANK": "1", "MASTER_ADDR": "here", "MASTER_PORT": "29500"}.items():
+    for name, value in LAUNCHED.items():
         monkeypatch.setenv(name, value)
     assert num_processes(ParallelConfig(dp=2)) == 6
     assert num_processes(ParallelConfig(dp=2), on="H100") == 2
@@ -59,7 +62,8 @@ def test_a_launcher_has_the_last_word(monkeypatch):
 
 def test_processes_are_of_this_machine_where_nobody_says_otherwise():
     assert processes_of_machine(8, {}) == 8
-    assert processes_of_machine(8, {"RANK": "0", "LOCAL_WORLD_SIZE": "4"}) == 4
+    assert processes_of_machine(8, LAUNCHED | {"LOCAL_WORLD_SIZE": "4"}) == 4
+    assert processes_of_machine(8, LAUNCHED) == 8
     assert launched_processes({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) is None  # a batch script, no task of it
 
 

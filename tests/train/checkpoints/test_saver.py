@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch import nn
 from train.checkpoints.test_folders import CONFIG, kept, make_state
 from train.parallel.ranks import on_ranks
+from train.saved import read_whole
 
 from llmt_train import checkpoints
-from llmt_train.checkpoints.sharded import Writing, read_whole
+from llmt_train.checkpoints.sharded import Writing
 from llmt_train.config.run import SaveConfig
 from llmt_train.parallel.together import by_first, own_rank
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from train.parallel.ranks import on_ranks
+from train.saved import read_whole
 
 from llmt_shared.errors import FormatError
 from llmt_train.checkpoints import sharded
@@ -67,7 +68,7 @@ def test_what_any_layout_writes_any_layout_reads(tmp_path: Path, world: int, lay
     read_here(tmp_path, "plain")
     on_ranks(2, read_here, tmp_path, "tp")
     on_ranks(4, read_here, tmp_path, "dp")
-    assert all(torch.equal(sharded.read_whole(tmp_path, name), tensor) for name, tensor in whole_tensors().items())
+    assert all(torch.equal(read_whole(tmp_path, name), tensor) for name, tensor in whole_tensors().items())
 
 
 def write_and_name(folder: Path) -> list[str]:
@@ -104,7 +105,7 @@ def test_what_is_held_may_change_before_it_is_written(tmp_path: Path) -> None:
     writing.hold()
     tensor.zero_()
     writing.finish()
-    assert sharded.read_whole(tmp_path, "a").tolist() == [0, 1, 2, 3, 4]
+    assert read_whole(tmp_path, "a").tolist() == [0, 1, 2, 3, 4]
 
 
 def test_another_dtype_is_converted(tmp_path: Path) -> None:
@@ -119,7 +120,7 @@ def test_what_is_not_there_or_has_another_shape_is_named(tmp_path: Path) -> None
     with pytest.raises(FormatError, match=r"holds no b\.weight"):
         sharded.read(tmp_path, {"b.weight": torch.zeros(1)})
     with pytest.raises(FormatError, match=r"holds no b\.weight"):
-        sharded.read_whole(tmp_path, "b.weight")
+        read_whole(tmp_path, "b.weight")
     with pytest.raises(FormatError, match=r"a\.weight is \[2, 3\]; wanted \[3, 2\]"):
         sharded.read(tmp_path, {"a.weight": torch.zeros(3, 2)})
 
@@ -153,7 +154,7 @@ def test_a_trap_in_torchs_own_index_is_never_touched(tmp_path: Path) -> None:
     folder, sprung = tmp_path / "tensors", tmp_path / "sprung"
     sharded.write(folder, {"a": torch.ones(3)})
     (folder / ".metadata").write_bytes(pickle.dumps(Trap(sprung)))
-    assert sharded.read_whole(folder, "a").tolist() == [1, 1, 1]
+    assert read_whole(folder, "a").tolist() == [1, 1, 1]
     assert not sprung.exists()
     pickle.loads((folder / ".metadata").read_bytes())
     assert sprung.exists()  # it is a trap
@@ -163,7 +164,7 @@ def test_a_pickle_in_place_of_the_index_is_refused_and_not_sprung(tmp_path: Path
     sharded.write(tmp_path / "tensors", {"a": torch.ones(3)})
     (tmp_path / "tensors" / sharded.INDEX).write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
     with pytest.raises(FormatError, match=r"index\.json"):
-        sharded.read_whole(tmp_path / "tensors", "a")
+        read_whole(tmp_path / "tensors", "a")
     assert not (tmp_path / "sprung").exists()
 
 
@@ -192,10 +193,10 @@ def test_a_file_that_is_gone_or_cut_is_a_format_error(tmp_path: Path) -> None:
     [file] = tmp_path.glob("*.distcp")
     file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(FormatError, match="cannot be read"):
-        sharded.read_whole(tmp_path, "a")
+        read_whole(tmp_path, "a")
     file.unlink()
     with pytest.raises(FormatError, match="cannot be read"):
-        sharded.read_whole(tmp_path, "a")
+        read_whole(tmp_path, "a")
 
 
 def write_on_a_full_disk(folder: Path) -> tuple[int | None, str]:

@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from llmt_shared.errors import ConfigError
 from llmt_train import checkpoints
+from llmt_train.checkpoints.training import state_of
 from llmt_train.config import LoraConfig, RunConfig
 from llmt_train.export import export
 from llmt_train.fit import fit
-from llmt_train.model.adapters import add_adapters, merge_adapters, trained_state, without_adapters
+from llmt_train.model.adapters import add_adapters, merge_adapters, without_adapters
 from llmt_train.model.load import load_model
 from llmt_train.precompute import precompute
 from llmt_train.validate import validate
@@ -66,7 +67,7 @@ def test_an_adapted_layer_computes_the_formula(rank_stabilised, scale):
 def test_all_linear_layers_but_the_head_get_an_adapter():
     model = adapted()
     linear = {name for name, module in tiny("llama").named_modules() if isinstance(module, torch.nn.Linear)}
-    assert {name.split(".lora_")[0] for name in trained_state(model)} == linear - {"lm_head"}
+    assert {name.split(".lora_")[0] for name in state_of(model, trained_alone=True)} == linear - {"lm_head"}
 
 
 def test_only_the_targets_get_an_adapter_and_only_adapters_train():
@@ -78,7 +79,7 @@ def test_only_the_targets_get_an_adapter_and_only_adapters_train():
 
 def test_parameters_of_the_model_train_too_where_that_is_wanted():
     model = adapted(config=LORA.model_copy(update={"train_also": (r"embed_tokens", r"layers\.1\..*layernorm")}))
-    others = [name for name in trained_state(model) if ".lora_" not in name]
+    others = [name for name in state_of(model, trained_alone=True) if ".lora_" not in name]
     assert others == [
         "model.embed_tokens.weight",
         "model.layers.1.input_layernorm.weight",
@@ -89,7 +90,7 @@ def test_parameters_of_the_model_train_too_where_that_is_wanted():
 def test_adapters_are_fp32_beside_a_bf16_model():
     model = tiny("llama", dtype=torch.bfloat16)
     add_adapters(model, LORA, seed=1)
-    assert {tensor.dtype for tensor in trained_state(model).values()} == {torch.float32}
+    assert {tensor.dtype for tensor in state_of(model, trained_alone=True).values()} == {torch.float32}
     logits_of(model).float().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
@@ -100,7 +101,7 @@ def test_drawn_adapters_depend_on_the_seed_alone():
     first, again, other = (tiny("llama") for _ in range(3))
     for model, seed in ((first, 1), (again, 1), (other, 2)):
         add_adapters(model, LORA, seed=seed)
-    states = [trained_state(model) for model in (first, again, other)]
+    states = [state_of(model, trained_alone=True) for model in (first, again, other)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert not all(torch.equal(states[0][name], states[2][name]) for name in states[0])
     assert torch.equal(torch.get_rng_state(), before)

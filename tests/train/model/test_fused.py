@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from train.parallel.shared_out import fuse
 from train.tiny_models import CONFIGS, packed, tiny
 
-from llmt_train.model.fused import Rows, disk_names, fuse, parts_of, split_fused
+from llmt_train.model.fused import Rows, disk_names, parts_of, split_fused
 from llmt_train.model.liger import Kernels, use_liger
 from llmt_train.model.load import load_skeleton
 from llmt_train.model.recompute import layers_of

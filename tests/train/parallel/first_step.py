@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from llmt_train.callbacks import clip
 from llmt_train.config import RunConfig
 from llmt_train.data.stream import Prefetched, train_batches
 from llmt_train.evaluation import evaluate
 from llmt_train.fit import build_module, build_trainer
+from llmt_train.parallel.reduction import whole
 from llmt_train.setup import set_up
 
 
@@ -32,14 +32,12 @@ class Taken(NamedTuple):
 class _Look(pl.Callback):
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
         self.measures = pl_module.step_measures()
-        self.gradients = {name: whole(p.grad) for name, p in pl_module.model.named_parameters() if p.grad is not None}
+        self.gradients = {
+            name: whole(p.grad).detach().clone() for name, p in pl_module.model.named_parameters() if p.grad is not None
+        }
         self.norm = clip(pl_module, None)
         clip(pl_module, self.norm / 2)
         self.clipped = clip(pl_module, None)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
 def take(configs: list[Mapping[str, Any]]) -> list[Taken]:

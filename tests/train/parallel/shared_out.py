@@ -1,6 +1,6 @@
 """Steps of tiny models whose layers are shared out over ranks, and of the same models in one process."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from train.tiny_models import packed, tiny
 
 from llmt_train.config import CheckpointingConfig
 from llmt_train.data.batch import PackedBatch
-from llmt_train.model.fused import fuse, split_fused
+from llmt_train.model.fused import disk_names, split_fused
 from llmt_train.model.recompute import layers_of, recompute
 from llmt_train.parallel.layout import Layout
 from llmt_train.parallel.mesh import build_mesh
@@ -164,3 +164,12 @@ def step_shared(job: Job, layout: Layout) -> Step:
 
 def _loss_sum(model: Any, batch: PackedBatch) -> Tensor:
     return F.cross_entropy(logits_of(model, batch), batch.labels[0], reduction="sum")
+
+
+def fuse(config: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a split model as they are on disk."""
+    groups = disk_names(config, state)
+    return {
+        key: state[names[0]] if len(names) == 1 else torch.cat([state[name] for name in names])
+        for key, names in groups.items()
+    }

@@ -6,12 +6,12 @@ import pytest
 from train.parallel.ranks import on_ranks
 
 from llmt_shared.errors import FormatError
-from llmt_train.parallel.together import agreed, by_first, divided, exchanged, gathered, own_rank, together
+from llmt_train.parallel.together import agreed, by_first, divided, exchanged, own_rank, together, told_first
 
 
 def exchange() -> list:
     rank = own_rank()
-    return [exchanged(rank), gathered(10 + rank), by_first(lambda: rank), together(lambda: 2 * rank),
+    return [exchanged(rank), told_first(10 + rank), by_first(lambda: rank), together(lambda: 2 * rank),
             agreed(lambda: -rank), divided(rank, lambda ranks: [f"{ranks} {rank}" for rank in ranks])]  # fmt: skip
 
 

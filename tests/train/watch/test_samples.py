@@ -21,7 +21,7 @@ from llmt_shared.dataset import open_dataset
 from llmt_shared.errors import ConfigError
 from llmt_train.config import RunConfig
 from llmt_train.fit import build_module, fit
-from llmt_train.parallel.optim import whole
+from llmt_train.parallel.reduction import whole
 from llmt_train.setup import Setup, set_up
 from llmt_train.watch.metrics import read_metrics
 from llmt_train.watch.samples import Prompt, Sampler, choose, generate, prepare_sampler

@@ -147,18 +147,6 @@ def warm_up(model: nn.Module) -> None:
             module.reshard()
 
 
-def whole_outside_layers(model: nn.Module) -> int:
-    """Return the bytes of what FSDP2 makes whole with the model itself, not with one of its layers."""
-    warm_up(model)
-    if not isinstance(model, FSDPModule):
-        return 0
-    with LiveBytes() as counter:
-        model.unshard()
-        size = counter.live
-        model.reshard()
-    return size
-
-
 def optimizer_step(model: Any, build_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> StepPeaks:
     """Run steps of an optimizer under count: the first makes its state; gradients are there before."""
     for parameter in model.parameters():

@@ -50,8 +50,8 @@ def launched_processes(environment: Mapping[str, str] = os.environ) -> int | Non
 
 def processes_of_machine(world: int, environment: Mapping[str, str] = os.environ) -> int:
     """Return how many of the processes are on this machine; all, where nobody says otherwise."""
-    said = environment.get("LOCAL_WORLD_SIZE", "")
-    return int(said) if said.isdecimal() and "RANK" in environment else world
+    started = how_started(environment)
+    return world if started is None or started.local_world is None else started.local_world
 
 
 def check_rows(config: ParallelConfig, length: int) -> None:

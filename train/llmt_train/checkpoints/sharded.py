@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from llmt_shared.errors import FormatError
-from llmt_train.parallel.together import agreed, divided, gathered, own_rank
+from llmt_train.parallel.together import agreed, divided, own_rank, told_first
 
 INDEX = "index.json"
 _FORMAT = 1
@@ -105,7 +105,7 @@ class Writing:
     def finish(self) -> list[Path]:
         """Write, all ranks together; return the files that this rank wrote."""
         results: list[WriteResult] = agreed(self._write)
-        everyones = gathered(results)
+        everyones = told_first(results)
         files = {self._folder / result.storage_data.relative_path for result in results}
         if everyones is not None:
             files |= {self._folder / INDEX, self._folder / ".metadata"}
@@ -232,16 +232,6 @@ def read(folder: Path, tensors: Mapping[str, Tensor], index: Index | None = None
     except (OSError, RuntimeError, ValueError, EOFError, AssertionError, AttributeError, TypeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FormatError(f"{folder}: cannot be read: {reason}") from None
-
-
-def read_whole(folder: Path, name: str, index: Index | None = None) -> Tensor:
-    """Return a whole tensor, on the CPU, or raise as `read`."""
-    index = index or read_index(folder)
-    if name not in index.tensors:
-        raise FormatError(f"{folder}: holds no {name}")
-    tensor = torch.empty(index.tensors[name].shape, dtype=index.tensors[name].torch_dtype)
-    read(folder, {name: tensor}, index)
-    return tensor
 
 
 class _Place(NamedTuple):

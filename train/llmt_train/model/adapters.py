@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from llmt_shared.errors import ConfigError
 from llmt_train.config import LoraConfig
@@ -70,11 +70,6 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
-
-
-def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return what a model with adapters has learned: all that a checkpoint needs beside the model it began with."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def merge_adapters(model: Any) -> None:

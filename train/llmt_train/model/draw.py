@@ -60,7 +60,8 @@ def set_buffers(skeleton: Any, take: Take) -> None:
     """Set a model's buffers, as far as they follow from its config, on the CPU.
 
     Args:
-        skeleton: the whole model on the meta device; its buffers are real afterwards.
+        skeleton: the whole model, on the meta device or with parameters that are left alone; its buffers are real
+            afterwards.
         take: is called for every buffer.
     """
     for parameter in skeleton.parameters():

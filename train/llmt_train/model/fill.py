@@ -19,6 +19,7 @@ from llmt_shared.progress import say
 from llmt_train.model.draw import Take, draw, draw_whole, set_buffers
 from llmt_train.model.skeleton import load_skeleton
 from llmt_train.model.weights import Box, Stored, open_weights
+from llmt_train.parallel.reduction import whole
 
 Where = Callable[[str], tuple[str, slice | None] | None]
 """From a parameter's name to that of the tensor on disk, and which of its rows it is (``None``: all); ``None`` for what
@@ -129,8 +130,8 @@ def _blocks(parameter: Tensor) -> Iterator[Tensor]:
     if isinstance(parameter, DTensor) and parameter.ndim == 2 and local.shape[1] == parameter.shape[1]:
         yield from (_gather(parameter, columns).cpu() for columns in torch.split(local, _COLUMNS, 1))
         return
-    whole = (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).cpu()
-    yield from torch.split(whole, _COLUMNS, 1) if whole.ndim == 2 else (whole,)
+    full = whole(parameter).cpu()
+    yield from torch.split(full, _COLUMNS, 1) if full.ndim == 2 else (full,)
 
 
 def _gather(parameter: DTensor, columns: Tensor) -> Tensor:

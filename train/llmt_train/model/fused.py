@@ -4,7 +4,7 @@ The model is split in memory; on disk, and for everybody else, its layers stay f
 last bit. Names of parameters in checkpoints are those of the split model, for every layout.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -65,15 +65,6 @@ def disk_names(config: Any, names: Iterable[str]) -> dict[str, list[str]]:
         key, first = (name, 0) if rows is None else (rows.name, rows.first)
         groups.setdefault(key, []).append((first, name))
     return {key: [name for _, name in sorted(group)] for key, group in groups.items()}
-
-
-def fuse(config: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights of a split model as they are on disk."""
-    groups = disk_names(config, state)
-    return {
-        key: state[names[0]] if len(names) == 1 else torch.cat([state[name] for name in names])
-        for key, names in groups.items()
-    }
 
 
 def _fused(config: Any) -> tuple[Fused, ...]:

@@ -54,14 +54,15 @@ def build_mesh(layout: Layout, device_type: str) -> Mesh:
     parameters = init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard", "tp"))
     for group in parameters.get_all_groups():
         as_patient_as_all(group)
+    dp = _axis(layout, rank, ("replicate", "shard"))
     return Mesh(
         layout,
         place_of(layout, rank),
         parameters,
         tp=_axis(layout, rank, ("tp",)),
         cp=_axis(layout, rank, ("cp",)),
-        dp=_axis(layout, rank, ("replicate", "shard")),
-        averaged=_axis(layout, rank, ("replicate", "shard", "cp")),
+        dp=dp,
+        averaged=dp if layout.cp == 1 else _axis(layout, rank, ("replicate", "shard", "cp")),
     )
 
 
@@ -89,8 +90,3 @@ def _axis(layout: Layout, rank: int, names: tuple[str, ...]) -> Axis:
         if rank in ranks:
             found = Axis(as_patient_as_all(group), len(ranks), ranks.index(rank))
     return found
-
-
-def is_first() -> bool:
-    """Return whether this process is the one that writes and speaks for all."""
-    return not dist.is_initialized() or dist.get_rank() == 0

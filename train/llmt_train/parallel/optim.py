@@ -13,6 +13,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim._adafactor import adafactor
 from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
+from llmt_train.parallel.reduction import whole
+
 
 class WholeMuon(torch.optim.Muon):
     """torch's Muon; the momentum, which is the state, stays sharded."""
@@ -88,11 +90,6 @@ def _step(
             if parameter.grad is not None:
                 update(parameter, parameter.grad, group)
     return loss
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor that this rank holds all of; all ranks call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def like(tensor: Tensor, parameter: Tensor | nn.Parameter) -> Tensor:

@@ -1,10 +1,11 @@
-"""What the ranks of an axis find out together."""
+"""What ranks find out together: those of an axis, or all."""
 
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from llmt_train.parallel.mesh import Axis
 
@@ -17,6 +18,11 @@ def summed(tensor: Tensor, axis: Axis) -> Tensor:
     if axis.group is not None:
         dist.all_reduce(tensor, group=axis.group)
     return tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor, of which each rank may hold a part; all ranks call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gathered(value: T, axis: Axis) -> list[T]:

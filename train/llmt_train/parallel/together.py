@@ -79,7 +79,7 @@ def exchanged(value: T) -> list[T]:
     return values
 
 
-def gathered(value: T) -> list[T] | None:
+def told_first(value: T) -> list[T] | None:
     """Return every rank's value, by rank, on the first one; ``None`` elsewhere."""
     if num_ranks() == 1:
         return [value]
@@ -90,7 +90,7 @@ def gathered(value: T) -> list[T] | None:
 
 def divided(value: T, divide: Callable[[list[T]], list[R]]) -> R:
     """Give every rank its part of what the first one makes of all their values, or raise as `agreed`."""
-    values = gathered(value)
+    values = told_first(value)
     parts = agreed(lambda: None if values is None else divide(values))
     if num_ranks() == 1:
         assert parts is not None
