@@ -107,7 +107,10 @@ def check_same_start(report: Report, runs: Mapping[str, Sequence[Record]], toler
         for key in ("loss", "grad_norm"):
             shares = {name: abs(record[key] / first[key] - 1) for name, record in others}
             values[key] = max(shares.values())
-            require(values[key] <= tolerance, f"{key} differs by these shares: {shares}; allowed {tolerance:g}")
+            require(
+                all(share <= tolerance for share in shares.values()),
+                f"{key} differs by these shares: {shares}; allowed {tolerance:g}",
+            )
 
 
 def speed_of(records: Sequence[Record]) -> dict[str, Any]:
