@@ -100,6 +100,11 @@ def build_chats(folder: Path, kind: str, **changes: Any) -> Path:
     return build_dataset(MixConfig.model_validate(mix | changes)).path
 
 
+def build_kind(folder: Path, kind: str) -> Path:
+    """Pack a small dataset of any kind."""
+    return build(folder) if kind == "pretrain" else build_chats(folder, kind)
+
+
 def copy(dataset: Path, target: Path) -> Path:
     """Copy a dataset that is to be damaged."""
     return Path(shutil.copytree(dataset, target))

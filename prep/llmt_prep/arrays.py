@@ -34,7 +34,7 @@ def write_group(path: Path, attributes: dict[str, Any]) -> None:
 
 def write_metadata(path: Path, shape: tuple[int, ...], chunk_shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
     """Write the zarr.json of one array."""
-    from llmt_shared.dataset import CODECS  # loads pydantic, which a worker that only writes chunks can do without
+    from llmt_shared.chunks import CODECS  # a worker that only writes chunks can do without
 
     meta = {
         "zarr_format": 3,

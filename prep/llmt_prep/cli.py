@@ -30,7 +30,9 @@ tokenizer_app = typer.Typer(help="Change a tokenizer.", no_args_is_help=True, ri
 app.add_typer(tokenizer_app, name="tokenizer")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-Dataset = Annotated[Path, typer.Argument(help="A finished dataset: the `output` of `pack`.", show_default=False)]
+Dataset = Annotated[
+    str, typer.Argument(help="A finished dataset: the `output` of `pack`, a folder or URL.", show_default=False)
+]
 CacheFolder = Annotated[
     Path | None, typer.Argument(help="The `cache` of a mix; by default .llmt-cache beside its output.")
 ]
@@ -115,10 +117,12 @@ def stats(
     from llmt_prep.report import as_json as to_json
     from llmt_prep.stats import dataset_stats, render
     from llmt_shared.dataset import open_dataset
+    from llmt_shared.objects import named_location
 
+    location = named_location(dataset)
     if html is not None:
-        require_page(dataset, html)
-    opened = open_dataset(dataset)
+        require_page(location, html)
+    opened = open_dataset(location)
     result = dataset_stats(opened)
     if html is not None:
         write_page(opened, result, html)
@@ -172,9 +176,11 @@ def verify(dataset: Dataset, as_json: Json = False) -> None:
         llmt-prep verify data/pt8k
     """
     from llmt_prep.verify import as_text, find_problems, to_json
+    from llmt_shared.objects import named_location
 
-    problems = find_problems(dataset)
-    typer.echo(to_json(problems) if as_json else as_text(dataset, problems))
+    location = named_location(dataset)
+    problems = find_problems(location)
+    typer.echo(to_json(problems) if as_json else as_text(location, problems))
     if problems:
         raise typer.Exit(3)
 

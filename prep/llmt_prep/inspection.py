@@ -125,7 +125,7 @@ def _split(dataset: Dataset, name: str) -> Split:
 
 
 def _segments(dataset: Dataset, row: Row, is_target: NDArray[np.bool_]) -> Iterator[SegmentView]:
-    files, sources, tokenizer = read_files(dataset.path), read_mix(dataset.path).sources, _tokenizer(dataset)
+    files, sources, tokenizer = read_files(dataset.folder), read_mix(dataset.folder).sources, _tokenizer(dataset)
     control = control_ids_of(dataset, tokenizer)
     ends = np.cumsum(row.segments.length, dtype=np.int64)
     columns = (row.segments.length, row.segments.offset, row.segments.document)

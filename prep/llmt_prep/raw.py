@@ -70,7 +70,7 @@ def inspect_record(dataset: Dataset, said: str) -> RecordView:
         ConfigError: no such source or record, or its file is not there any more.
         DataError: the file has changed.
     """
-    config, files = read_mix(dataset.path), read_files(dataset.path)
+    config, files = read_mix(dataset.folder), read_files(dataset.folder)
     place = _place(files, dataset.sources, said)
     item = _read(files, config, place)
     tokenizer = load_tokenizer(str(dataset.tokenizer_dir), None, config.tokenizer.eos_token, config.tokenizer.bos_token)

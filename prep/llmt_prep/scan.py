@@ -1,13 +1,13 @@
 """A split's segments read in order, some rows at a time: memory does not grow with the dataset."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmt_shared.dataset import ChunkedArray, SegmentTable
+from llmt_shared.chunks import ArrayFolder, ChunkedArray
+from llmt_shared.dataset import SegmentTable
 
 
 class BlockSpans(NamedTuple):
@@ -44,18 +44,18 @@ class Block(NamedTuple):
         return np.equal(np.arange(len(offset)) % 2 if self.has_pairs else offset, 0)
 
 
-def blocks(split: Path, rows_at_once: int) -> Iterator[Block]:
+def blocks(split: ArrayFolder, rows_at_once: int) -> Iterator[Block]:
     """Yield a split's segments and spans in blocks of so many rows; row_offsets and span_offsets must ascend.
 
     Args:
-        split: directory of the split.
+        split: its arrays.
         rows_at_once: rows of a block; the last may have fewer.
     """
-    row_offsets = ChunkedArray(split / "row_offsets")
-    columns = [ChunkedArray(split / f"segment_{name}") for name in SegmentTable._fields[1:]]
+    row_offsets = split.open("row_offsets")
+    columns = [split.open(f"segment_{name}") for name in SegmentTable._fields[1:]]
     names = ("span_offsets", "span_start", "span_length")
-    spans = [ChunkedArray(split / name) for name in names] if (split / "span_offsets").exists() else []
-    has_pairs = (split / "pair_offsets").exists()
+    spans = [split.open(name) for name in names] if split.has("span_offsets") else []
+    has_pairs = split.has("pair_offsets")
     for first in range(0, len(row_offsets) - 1, rows_at_once):
         borders = row_offsets[first : first + rows_at_once + 1]
         mine = slice(int(borders[0]), int(borders[-1]))

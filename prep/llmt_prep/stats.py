@@ -84,7 +84,7 @@ def dataset_stats(dataset: Dataset) -> Stats:
     Raises:
         FormatError: a file is damaged.
     """
-    ledger, length = read_ledger(dataset.path, dataset.manifest), dataset.manifest.length
+    ledger, length = read_ledger(dataset.folder, dataset.manifest), dataset.manifest.length
     splits = {"train": dataset.train} | ({"validation": dataset.validation} if dataset.validation is not None else {})
     return Stats(
         path=str(dataset.path),
@@ -108,7 +108,7 @@ def render(stats: Stats) -> str:
 def _split_stats(name: str, split: Split, dataset: Dataset, ledger: Ledger) -> SplitStats:
     rows_at_once = max(1, _SEGMENTS_AT_ONCE * len(split) // max(1, split.num_segments))
     groups, repeats = _empty_groups(), 0
-    for block in scan.blocks(split.path, rows_at_once):
+    for block in scan.blocks(split.arrays, rows_at_once):
         groups = _added(groups, _grouped(block))
         repeats += len(rows_with_repeats(block))
     tokens, places = _tokens(groups), len(split) * split.length

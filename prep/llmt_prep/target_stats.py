@@ -12,7 +12,7 @@ from llmt_prep import scan
 from llmt_prep.lengths import Lengths, counts_to_lengths
 from llmt_prep.scan import Block
 from llmt_shared.config import StrictModel
-from llmt_shared.dataset import ChunkedArray, Split
+from llmt_shared.dataset import Split
 
 _TOKENS_AT_ONCE = 1 << 22
 
@@ -52,10 +52,10 @@ def target_stats(split: Split, control_ids: NDArray[np.integer], *, has_pairs: b
         control_ids: of the tokenizer.
         has_pairs: of preference data.
     """
-    tokens, most = ChunkedArray(split.path / "tokens"), split.length + 1
+    tokens, most = split.arrays.open("tokens"), split.length + 1
     counts = {name: np.zeros(most, np.int64) for name in ("spans", "prompt", "chosen", "rejected")}
     ends = total = 0
-    for block in scan.blocks(split.path, max(1, _TOKENS_AT_ONCE // split.length)):
+    for block in scan.blocks(split.arrays, max(1, _TOKENS_AT_ONCE // split.length)):
         assert block.spans is not None, "of chats and pairs"
         rows = tokens[block.first_row : block.first_row + len(block.segments.per_row)]
         ends += _ending(block, rows, control_ids)

@@ -1,31 +1,27 @@
-"""How a packed dataset is read: memory-mapped chunk files of plain Zarr v3 arrays, nothing copied before it is used.
+"""How a packed dataset is read: rows, segments and pairs from its arrays; nothing is copied before it is used.
 
-Chunks hold raw little-endian C-order data and a 4-byte CRC-32C (FORMAT.md), so a chunk file is mapped as it is. The
-CRC and the manifest's sha256 are what `llmt-prep verify` checks; opening compares names and sizes.
+It lies in a folder, or below a URL: then all files but the arrays' chunks are copied when it is opened, and chunks are
+read by ranges, or kept by whoever opens it (training). Opening compares names and sizes with the manifest; contents are
+what `llmt-prep verify` checks.
 """
 
-import json
-import math
-import mmap
-from collections.abc import Iterable, Iterator, Sequence
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmt_shared.errors import FormatError
-from llmt_shared.manifest import Manifest, TokenizerEntry, read_manifest, wrong_files
-from llmt_shared.segments import Spans, expand, ranges
+from llmt_shared.chunks import ArrayFolder, ChunkedArray, Chunks, MappedChunks
+from llmt_shared.manifest import Manifest, TokenizerEntry, read_manifest, refuse_wrong_files, wrong_files
+from llmt_shared.mirror import Mirror, RangedChunks, mirrored
+from llmt_shared.objects import Location, ObjectPath, named_location
+from llmt_shared.segments import Spans, expand
 
-CODECS = [
-    {"name": "bytes", "configuration": {"endian": "little"}},
-    {"name": "crc32c"},
-]
 _BLOCK = 1 << 20  # elements that are looked at together
-_MAX_OPEN = 128  # mapped chunk files per array; a map costs a file descriptor and a few kB
 
 
 class RowSegments(NamedTuple):
@@ -83,108 +79,29 @@ class PairTable(NamedTuple):
     """[R] targets on the chosen sides of each row."""
 
 
-class _Chunk(NamedTuple):
-    """One chunk file, mapped."""
-
-    values: NDArray[Any]
-    memory: mmap.mmap
-
-
-class ChunkedArray:
-    """One Zarr array, read in slices of its first axis; keeps a bounded number of chunk files mapped."""
-
-    def __init__(self, path: Path, *, is_read_in_order: bool = True) -> None:
-        """Read the metadata.
-
-        Args:
-            path: the array's directory.
-            is_read_in_order: let the kernel read ahead. Where elements are read in random order it must not: it would
-                fetch megabytes for each, and more data than fit into memory would push one another out.
-        """
-        self.path = path
-        self.shape, self.dtype, self.chunk_shape = _read_metadata(path)
-        self._is_read_in_order = is_read_in_order
-        self._chunk = lru_cache(maxsize=_MAX_OPEN)(self._map)
-
-    def __len__(self) -> int:
-        return int(self.shape[0])
-
-    def __getitem__(self, item: slice) -> NDArray[Any]:
-        """Return a copy of ``array[start:stop]``; a step is not supported."""
-        start, stop, step = item.indices(len(self))
-        if step != 1:
-            raise ValueError("only plain slices")
-        return self._joined(self._views(start, stop))
-
-    def take(self, indices: Sequence[int] | NDArray[np.integer]) -> NDArray[Any]:
-        """Return ``array[indices]`` of the first axis, in the order asked for."""
-        out = np.empty((len(indices), *self.shape[1:]), self.dtype)
-        for place, (chunk, offset) in enumerate(self._places(indices)):
-            out[place] = self._chunk(chunk).values[offset]
-        return out
-
-    def slices(self, borders: NDArray[np.int64]) -> NDArray[Any]:
-        """Return ``array[first:last]`` of [n, 2] borders inside the array, one after another."""
-        indices = ranges(borders[:, 0], borders[:, 1] - borders[:, 0])
-        chunks, offsets = np.divmod(indices, self.chunk_shape[0])
-        out = np.empty((len(indices), *self.shape[1:]), self.dtype)
-        for chunk in np.bincount(chunks).nonzero()[0].tolist():
-            mine = (chunks == chunk).nonzero()[0]
-            out[mine] = self._chunk(chunk).values[offsets[mine]]
-        return out
-
-    def will_need(self, indices: Sequence[int] | NDArray[np.integer]) -> None:
-        """Have the kernel fetch ``array[indices]`` in the background; does nothing where it cannot be told so."""
-        if not hasattr(mmap, "MADV_WILLNEED"):
-            return
-        size = math.prod(self.chunk_shape[1:]) * self.dtype.itemsize
-        for chunk, offset in self._places(indices):
-            before = offset * size % mmap.PAGESIZE
-            self._chunk(chunk).memory.madvise(mmap.MADV_WILLNEED, offset * size - before, size + before)
-
-    def _places(self, indices: Sequence[int] | NDArray[np.integer]) -> list[tuple[int, int]]:
-        """Chunk of each index, and its place there."""
-        found = np.asarray(indices).tolist()  # NumPy's own numbers are slow to reckon with
-        if found and not 0 <= min(found) <= max(found) < self.shape[0]:
-            raise IndexError(f"{self.path}: {found} are not all in 0 .. {self.shape[0]}")
-        return [divmod(index, self.chunk_shape[0]) for index in found]
-
-    def _views(self, start: int, stop: int) -> Iterator[NDArray[Any]]:
-        """Yield ``array[start:stop]`` chunk by chunk."""
-        while start < stop:
-            chunk, first = divmod(start, self.chunk_shape[0])
-            last = min(first + stop - start, self.chunk_shape[0])
-            yield self._chunk(chunk).values[first:last]
-            start += last - first
-
-    def _joined(self, parts: Iterable[NDArray[Any]]) -> NDArray[Any]:
-        return np.concatenate([np.empty((0, *self.shape[1:]), self.dtype), *parts])
-
-    def _map(self, chunk: int) -> _Chunk:
-        path = self.path / "c" / "/".join([str(chunk)] + ["0"] * (len(self.shape) - 1))
-        try:
-            with path.open("rb") as file:
-                memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            values = np.frombuffer(memory, self.dtype, math.prod(self.chunk_shape)).reshape(self.chunk_shape)
-        except (OSError, ValueError) as error:
-            raise FormatError(f"{path}: cannot be mapped ({error}); run `llmt-prep verify`") from None
-        if not self._is_read_in_order and hasattr(mmap, "MADV_RANDOM"):
-            memory.madvise(mmap.MADV_RANDOM)
-        return _Chunk(values, memory)
-
-
 class Split:
     """The rows of one split."""
 
-    def __init__(self, path: Path, *, has_spans: bool = False, has_pairs: bool = False) -> None:
-        self.path = path
-        self._tokens = ChunkedArray(path / "tokens", is_read_in_order=False)
-        self.row_targets = ChunkedArray(path / "row_targets")
-        self._row_offsets = ChunkedArray(path / "row_offsets")
-        self._columns = [ChunkedArray(path / f"segment_{name}") for name in SegmentTable._fields[1:]]
+    def __init__(
+        self, path: Location, arrays: ArrayFolder, *, has_spans: bool = False, has_pairs: bool = False
+    ) -> None:
+        """Open the arrays.
+
+        Args:
+            path: where the split is, for messages.
+            arrays: its arrays.
+            has_spans: whether targets are said; else every token is one.
+            has_pairs: whether segments form preference pairs.
+        """
+        self.path, self.arrays = path, arrays
+        tokens = arrays if arrays.chunks else arrays._replace(chunks=MappedChunks(is_read_in_order=False))
+        self._tokens = tokens.open("tokens")
+        self.row_targets = arrays.open("row_targets")
+        self._row_offsets = arrays.open("row_offsets")
+        self._columns = [arrays.open(f"segment_{name}") for name in SegmentTable._fields[1:]]
         self.num_rows, self.length = self._tokens.shape
-        self._spans = _arrays(path, "span_offsets", "span_start", "span_length") if has_spans else None
-        self._pairs = _arrays(path, "pair_offsets", "pair_segments", "row_chosen_targets") if has_pairs else None
+        self._spans = _opened(arrays, "span_offsets", "span_start", "span_length") if has_spans else None
+        self._pairs = _opened(arrays, "pair_offsets", "pair_segments", "row_chosen_targets") if has_pairs else None
 
     def __len__(self) -> int:
         return int(self.num_rows)
@@ -266,7 +183,10 @@ class Split:
 class Dataset:
     """A finished dataset; `train` and `validation` read their files lazily."""
 
-    path: Path
+    path: Location
+    """As it was named."""
+    folder: Path
+    """Where all files lie but, of a dataset below a URL, the chunks of its arrays."""
     manifest: Manifest
     digest: str
     """sha256 of MANIFEST.json: equal digests mean equal datasets, byte for byte."""
@@ -292,41 +212,58 @@ class Dataset:
     @property
     def tokenizer_dir(self) -> Path:
         """The tokenizer's files and chat template."""
-        return self.path / "tokenizer"
+        return self.folder / "tokenizer"
 
 
-def open_dataset(path: Path | str) -> Dataset:
+def open_dataset(path: Location | str) -> Dataset:
     """Open a finished dataset; compares names and sizes of all files with the manifest.
+
+    Args:
+        path: its folder or URL; of one below a URL, small files are copied to a temporary folder.
 
     Raises:
         FormatError: unfinished, of another format, or with files missing, truncated or oversized.
+        StoreError: the object store gives no answer.
     """
-    directory = Path(path)
-    manifest, digest = read_manifest(directory)
-    problems = wrong_files(directory, manifest)
-    if problems:
-        more = f"\n({len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise FormatError("\n".join(problems[:5]) + more + "\nCopy the dataset again or pack it again")
-    has_spans, has_pairs = manifest.kind != "pretrain", manifest.kind == "preference"
-    splits = {name: Split(directory / name, has_spans=has_spans, has_pairs=has_pairs) for name in manifest.splits}
-    return Dataset(directory, manifest, digest, splits["train"], splits.get("validation"))
+    location = named_location(path) if isinstance(path, str) else path
+    if isinstance(location, ObjectPath):
+        folder = _temporary_folder()
+        return open_mirror(mirrored(location, folder), RangedChunks(location, folder))
+    manifest, digest = read_manifest(location)
+    refuse_wrong_files(wrong_files(location, manifest))
+    return _assembled(Mirror(location, location, manifest, digest), None)
 
 
-def _arrays(path: Path, *names: str) -> tuple[ChunkedArray, ...]:
-    return tuple(ChunkedArray(path / name) for name in names)
+def open_mirror(mirror: Mirror, chunks: Chunks) -> Dataset:
+    """Open a dataset below a URL.
+
+    Args:
+        mirror: its files but for the arrays' chunks.
+        chunks: where those are.
+    """
+    return _assembled(mirror, chunks)
 
 
-def _read_metadata(path: Path) -> tuple[tuple[int, ...], np.dtype[Any], tuple[int, ...]]:
-    """Shape, dtype and chunk shape of an array."""
-    try:
-        meta: dict[str, Any] = json.loads((path / "zarr.json").read_bytes())
-        codecs = [{key: value for key, value in codec.items() if value} for codec in meta["codecs"]]
-        grid = meta["chunk_grid"]
-        shape, chunk_shape = tuple(meta["shape"]), tuple(grid["configuration"]["chunk_shape"])
-        dtype = np.dtype(meta["data_type"]).newbyteorder("<")
-        is_known = codecs == CODECS and grid["name"] == "regular"
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise FormatError(f"{path}/zarr.json: not a Zarr v3 array ({error!r}); run `llmt-prep verify`") from None
-    if not is_known:
-        raise FormatError(f"{path}: codecs {codecs}; wanted raw little-endian bytes with crc32c, as FORMAT.md says")
-    return shape, dtype, chunk_shape
+def _assembled(mirror: Mirror, chunks: Chunks | None) -> Dataset:
+    kind = mirror.manifest.kind
+    opened = partial(Split, has_spans=kind != "pretrain", has_pairs=kind == "preference")
+    splits = {
+        name: opened(mirror.location / name, ArrayFolder(mirror.folder / name, chunks))
+        for name in mirror.manifest.splits
+    }
+    return Dataset(
+        mirror.location, mirror.folder, mirror.manifest, mirror.digest, splits["train"], splits.get("validation")
+    )
+
+
+_temporary: list[tempfile.TemporaryDirectory[str]] = []
+"""Folders that go when the process ends."""
+
+
+def _temporary_folder() -> Path:
+    _temporary.append(tempfile.TemporaryDirectory(prefix="llmt-dataset-"))
+    return Path(_temporary[-1].name)
+
+
+def _opened(arrays: ArrayFolder, *names: str) -> tuple[ChunkedArray, ...]:
+    return tuple(arrays.open(name) for name in names)

@@ -27,6 +27,12 @@ class DataError(LlmtError):
     exit_code = 1
 
 
+class StoreError(LlmtError):
+    """An object store that gave no right answer for as long as one is waited for."""
+
+    exit_code = 1
+
+
 class Stopped(LlmtError):  # noqa: N818  not an error of anybody's: the run was asked to stop and can be resumed
     """The run ended early with its state saved; running the same command again resumes it."""
 

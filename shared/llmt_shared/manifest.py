@@ -5,6 +5,7 @@ identity covers; `run.json` (what is true of one run only) is not among them.
 """
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
@@ -12,6 +13,7 @@ from pydantic import AfterValidator, ValidationError
 
 from llmt_shared.config import StrictModel
 from llmt_shared.errors import FormatError
+from llmt_shared.objects import Location, ObjectPath
 
 FORMAT_VERSION = 1
 NAME = "MANIFEST.json"
@@ -82,7 +84,7 @@ class Manifest(StrictModel):
     files: tuple[FileEntry, ...]
 
 
-def read_manifest(directory: Path) -> tuple[Manifest, str]:
+def read_manifest(directory: Location) -> tuple[Manifest, str]:
     """Return the manifest and the dataset digest (sha256 of the manifest file's bytes).
 
     Raises:
@@ -105,7 +107,9 @@ def read_manifest(directory: Path) -> tuple[Manifest, str]:
     return manifest, hashlib.sha256(content).hexdigest()
 
 
-def _why_missing(directory: Path) -> str:
+def _why_missing(directory: Location) -> str:
+    if isinstance(directory, ObjectPath):
+        return f"{directory}: holds no {NAME}, so there is no finished dataset; wanted the `output` of `llmt-prep pack`"
     if (directory.parent / f"{directory.name}.staging").exists():
         return f"{directory}: unfinished; run the same `llmt-prep pack` again to finish it"
     if not directory.exists():
@@ -113,17 +117,36 @@ def _why_missing(directory: Path) -> str:
     return f"{directory}: holds no {NAME}, so it is no finished dataset; wanted the `output` of `llmt-prep pack`"
 
 
-def wrong_files(directory: Path, manifest: Manifest) -> list[str]:
-    """Names and sizes compared with the disk: one line for each missing, truncated or oversized file."""
+def wrong_files(directory: Location, manifest: Manifest) -> list[str]:
+    """Names and sizes compared with the disk or store: one line for each missing, truncated or oversized file."""
+    if isinstance(directory, ObjectPath) and not directory.can_list:
+        return []  # sizes are compared when files are read
     problems = []
+    sizes = _listed_sizes(directory) if isinstance(directory, ObjectPath) else None
     for entry in manifest.files:
         path = directory / entry.path
-        try:
-            size = path.stat().st_size
-        except OSError:
+        size = _size_on_disk(path) if isinstance(path, Path) else (sizes or {}).get(path)
+        if size is None:
             problems.append(f"{path}: missing; the manifest lists it with {entry.bytes} bytes")
-            continue
-        if size != entry.bytes:
+        elif size != entry.bytes:
             kind = "truncated" if size < entry.bytes else "oversized"
             problems.append(f"{path}: {kind}: {size} bytes; the manifest says {entry.bytes}")
     return problems
+
+
+def refuse_wrong_files(problems: Sequence[str]) -> None:
+    """Raise FormatError where there are problems."""
+    if problems:
+        more = f"\n({len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise FormatError("\n".join(problems[:5]) + more + "\nCopy the dataset again or pack it again")
+
+
+def _size_on_disk(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def _listed_sizes(directory: ObjectPath) -> dict[ObjectPath, int]:
+    return {each.path: each.stat.st_size for each in directory.files()}

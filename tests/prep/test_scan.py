@@ -8,6 +8,7 @@ import zarr
 from small_datasets import build, build_chats
 
 from llmt_prep import scan
+from llmt_shared.chunks import ArrayFolder
 from llmt_shared.dataset import SegmentTable
 
 
@@ -22,7 +23,7 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_blocks_are_the_slices_of_the_arrays(datasets, kind, rows_at_once):
     stored = {name: array[:] for name, array in zarr.open_group(datasets[kind], mode="r")["train"].arrays()}
     num_rows, seen = len(stored["row_targets"]), 0
-    for block in scan.blocks(datasets[kind] / "train", rows_at_once):
+    for block in scan.blocks(ArrayFolder(datasets[kind] / "train"), rows_at_once):
         first, last = block.first_row, min(block.first_row + rows_at_once, num_rows)
         assert first == seen
         borders = stored["row_offsets"][first : last + 1]

@@ -19,6 +19,7 @@ from llmt_prep.kernels import gather as compiled
 from llmt_prep.rows import write_rows
 from llmt_prep.shards import SplitTask
 from llmt_prep.windows import in_windows
+from llmt_shared.chunks import ArrayFolder
 from llmt_shared.dataset import Split
 from llmt_shared.segments import IGNORE
 
@@ -250,7 +251,7 @@ def test_tokens_and_targets_are_those_of_the_chats(tmp_path: Path, kind: str) ->
 def test_the_reader_gives_the_labels_of_the_chats(tmp_path: Path, kind: str) -> None:
     task = chat_task(tmp_path, kind)
     build(task)
-    split = Split(task.data_directory, has_spans=True, has_pairs=kind == "preference")
+    split = Split(task.data_directory, ArrayFolder(task.data_directory), has_spans=True, has_pairs=kind == "preference")
     for number, (tokens, is_target) in enumerate(expected_rows(kind, stored_arrays(task))):
         row = split[number]
         following = zip([*tokens[1:], 0], [*is_target[1:], False], strict=True)
@@ -264,7 +265,7 @@ def test_the_reader_gives_the_spans_and_pairs_of_rows_in_any_order(tmp_path: Pat
     task = chat_task(tmp_path, kind)
     build(task)
     stored = stored_arrays(task)
-    split = Split(task.data_directory, has_spans=True, has_pairs=kind == "preference")
+    split = Split(task.data_directory, ArrayFolder(task.data_directory), has_spans=True, has_pairs=kind == "preference")
     rows = np.random.default_rng(num_rows).integers(0, split.num_rows, num_rows)  # with repeats
     spans, pairs, wanted = split.spans(rows), split.pairs(rows), expected_rows(kind, stored)
     assert spans is not None

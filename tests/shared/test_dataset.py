@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmt_prep import arrays
-from llmt_shared.dataset import ChunkedArray, Split, open_dataset
+from llmt_shared.chunks import ArrayFolder, ChunkedArray, MappedChunks
+from llmt_shared.dataset import Split, open_dataset
 from llmt_shared.errors import FormatError
 from llmt_shared.manifest import FileEntry, Manifest
 from llmt_shared.segments import IGNORE
@@ -144,7 +145,7 @@ def test_rows_that_were_asked_for_ahead_are_the_same(tmp_path, length):
     """Rows that begin and end inside pages, or cross them, to the last one of the file."""
     tokens = np.random.default_rng(0).integers(9, size=(9, length), dtype=np.uint16)
     write_tokens(tmp_path, tokens, 3)
-    array = ChunkedArray(tmp_path, is_read_in_order=False)
+    array = ChunkedArray(tmp_path, MappedChunks(is_read_in_order=False))
     array.will_need(range(9))
     assert np.array_equal(array.take(range(9)), tokens)
 
@@ -325,7 +326,7 @@ def test_spans_and_pairs_are_those_of_the_rows_asked_for(rows, data):
     asked = data.draw(st.lists(st.integers(0, len(rows) - 1), max_size=8))
     with tempfile.TemporaryDirectory() as folder:
         write_split(Path(folder), rows)
-        split = Split(Path(folder), has_spans=True, has_pairs=True)
+        split = Split(Path(folder), ArrayFolder(Path(folder)), has_spans=True, has_pairs=True)
         spans, pairs, table = split.spans(asked), split.pairs(asked), split.segments(np.array(asked, np.int64))
     wanted = [(place * WIDE + start, n) for place, row in enumerate(asked) for start, n in spans_of(rows[row])]
     assert list(zip(spans.start.tolist(), spans.length.tolist(), strict=True)) == wanted
@@ -341,7 +342,7 @@ def test_spans_and_pairs_are_those_of_the_rows_asked_for(rows, data):
 def test_a_row_with_spans_is_expanded_to_the_labels_inside_them(rows):
     with tempfile.TemporaryDirectory() as folder:
         write_split(Path(folder), rows)
-        split = Split(Path(folder), has_spans=True)
+        split = Split(Path(folder), ArrayFolder(Path(folder)), has_spans=True)
         found = [split[row] for row in range(len(rows))]
     for number, (row, expanded) in enumerate(zip(rows, found, strict=True)):
         flat = [*chain(*row), *[False] * WIDE][:WIDE]
@@ -358,7 +359,7 @@ def test_text_has_neither_spans_nor_pairs(dataset_path):
 @pytest.mark.parametrize("row", [3, -1, -3, 10**9])
 def test_spans_and_pairs_of_a_row_that_is_not_there_are_an_index_error(tmp_path, row):
     write_split(tmp_path, [[[False, True], [False, True]]] * 3)
-    split = Split(tmp_path, has_spans=True, has_pairs=True)
+    split = Split(tmp_path, ArrayFolder(tmp_path), has_spans=True, has_pairs=True)
     with pytest.raises(IndexError):
         split.spans([0, row])
     with pytest.raises(IndexError):

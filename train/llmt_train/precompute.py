@@ -75,7 +75,7 @@ def precompute(config: RunConfig, *, force: bool = False) -> PrecomputeResult:
         stack.enter_context(joined(alone.parallel))
         logps, weigh = open_reference(alone, dataset, open_mesh(alone.parallel))
         wanted = identity(config, dataset, weigh())
-        folder = overlay_path(dataset.path, wanted.weights)
+        folder = overlay_path(dataset.folder, wanted.weights)
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locked(folder, "wait for it"))
         _begin(folder, wanted, force)

@@ -164,7 +164,7 @@ def open_overlay(dataset: Dataset, wanted: Identity) -> dict[str, Callable[[NDAr
         ConfigError: there is no complete overlay for this dataset and these weights; it names those that are there.
         FormatError: the overlay is damaged.
     """
-    folder = overlay_path(dataset.path, wanted.weights)
+    folder = overlay_path(dataset.folder, wanted.weights)
     found = read_identity(folder)
     if found is None or not found.complete or (found.digest, found.weights) != (wanted.digest, wanted.weights):
         raise ConfigError(_no_overlay(folder, found, wanted))
@@ -183,7 +183,7 @@ def check_overlay(dataset: Dataset) -> None:
         ConfigError: naming the command that writes one.
         FormatError: an overlay is damaged.
     """
-    folders = _siblings(overlay_path(dataset.path, "any"))
+    folders = _siblings(overlay_path(dataset.folder, "any"))
     found = [identity for folder in folders if (identity := read_identity(folder)) is not None]
     if not any(identity.complete and identity.digest == dataset.digest for identity in found):
         raise ConfigError(

@@ -11,9 +11,10 @@ from llmt_prep.stats import Stats
 from llmt_shared import durable
 from llmt_shared.dataset import Dataset
 from llmt_shared.errors import ConfigError
+from llmt_shared.objects import Location
 
 
-def require_page(dataset: Path, target: Path) -> None:
+def require_page(dataset: Location, target: Path) -> None:
     """Find out before a long count whether the page could be written.
 
     Raises:
@@ -24,7 +25,7 @@ def require_page(dataset: Path, target: Path) -> None:
         raise ConfigError(f"--html: {' and '.join(missing)} not installed; run: pip install 'llmt[report]'")
     if target.is_dir():
         raise ConfigError(f"--html: {target} is a folder; wanted a file, such as {target / 'report.html'}")
-    if target.resolve().is_relative_to(dataset.resolve()):
+    if isinstance(dataset, Path) and target.resolve().is_relative_to(dataset.resolve()):
         raise ConfigError(
             f"--html: {target} lies inside the dataset, whose files are sealed; name one outside {dataset}"
         )

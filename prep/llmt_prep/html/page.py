@@ -8,6 +8,7 @@ import base64
 import hashlib
 import re
 from importlib import resources
+from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -17,6 +18,7 @@ from llmt_prep.html.sections import Plot, sections
 from llmt_prep.report import count, percent
 from llmt_prep.stats import Stats
 from llmt_shared.dataset import Dataset
+from llmt_shared.objects import Location
 from llmt_shared.terminal import escaped
 
 
@@ -38,7 +40,7 @@ def page(dataset: Dataset, stats: Stats) -> str:
     )
     environment.filters |= {"count": count, "figure": _figure, "unbroken": _unbroken}
     return environment.get_template("page.html").render(
-        name=escaped(dataset.path.resolve().name),
+        name=escaped(_name(dataset.path)),
         path=escaped(stats.path),
         stats=stats,
         tiles=_tiles(stats),
@@ -89,3 +91,7 @@ def _unbroken(text: str) -> str:
 
 def _inlined(name: str) -> Markup:
     return Markup(resources.files("llmt_prep.html").joinpath(name).read_text("utf-8"))  # noqa: S704
+
+
+def _name(dataset: Location) -> str:
+    return dataset.resolve().name if isinstance(dataset, Path) else dataset.name

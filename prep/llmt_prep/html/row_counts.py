@@ -48,7 +48,7 @@ def row_counts(split: Split) -> RowCounts:
     """Count the rows of a split by their tokens and by their targets."""
     counts = RowCounts(np.zeros(split.length + 1, np.int64), np.zeros(split.length + 1, np.int64))
     rows_at_once = max(1, _SEGMENTS_AT_ONCE * len(split) // max(1, split.num_segments))
-    for block in scan.blocks(split.path, rows_at_once):
+    for block in scan.blocks(split.arrays, rows_at_once):
         per_row = block.segments.per_row
         ends = np.append(0, np.cumsum(block.segments.length, dtype=np.int64))[np.append(0, np.cumsum(per_row))]
         targets = split.row_targets[block.first_row : block.first_row + len(per_row)]

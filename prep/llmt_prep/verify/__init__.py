@@ -3,6 +3,7 @@
 What hangs on a damaged file is not checked further: one flipped bit is one finding, not a hundred.
 """
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,9 +22,12 @@ from llmt_prep.verify.hits import Hit, merged
 from llmt_prep.verify.rows import Counted, Expected, check_rows, offset_findings
 from llmt_prep.verify.spans import pair_findings
 from llmt_prep.verify.special import surroundings
+from llmt_shared.chunks import ArrayFolder
 from llmt_shared.config import StrictModel
 from llmt_shared.errors import FormatError
 from llmt_shared.manifest import NAME, Manifest, SplitEntry, read_manifest
+from llmt_shared.mirror import Mirror, RangedChunks, copy_small_files
+from llmt_shared.objects import Location, ObjectPath
 from llmt_shared.progress import stage
 from llmt_shared.terminal import escaped
 
@@ -46,31 +50,40 @@ class _Companions(NamedTuple):
     tokenizer: LoadedTokenizer | None
 
 
-def find_problems(path: Path) -> list[Finding]:
+def find_problems(dataset: Location) -> list[Finding]:
     """Check a dataset in full.
 
     Args:
-        path: its directory.
+        dataset: its folder or URL.
 
     Returns:
         One finding for each problem, in an order that does not change between runs; none when it is sound.
     """
     try:
-        manifest, _ = read_manifest(path)
+        manifest, digest = read_manifest(dataset)
     except (FormatError, OSError) as error:
         return [finding("F001", NAME, str(error))]
+    with tempfile.TemporaryDirectory(prefix="llmt-verify-") as temporary:
+        folder = dataset if isinstance(dataset, Path) else Path(temporary)
+        return _find_problems(Mirror(dataset, folder, manifest, digest))
+
+
+def _find_problems(dataset: Mirror) -> list[Finding]:
+    manifest = dataset.manifest
     with stage("files", sum(entry.bytes for entry in manifest.files), "bytes") as advance:
-        found = list(files.damaged_files(path, manifest, advance))
+        found = list(files.damaged_files(dataset.location, manifest, advance))
     damaged = {each.place for each in found}
-    found += files.unlisted_files(path, manifest)
-    companions, more = _read_companions(path, manifest, damaged)
+    found += files.unlisted_files(dataset.location, manifest)
+    if isinstance(dataset.location, ObjectPath):
+        copy_small_files(dataset.location, dataset.folder, manifest, without=damaged)
+    companions, more = _read_companions(dataset.folder, manifest, damaged)
     found += more
     if "zarr.json" not in damaged:
-        found += attempt("F010", "zarr.json", arrays.open_group, path)[1]
+        found += attempt("F010", "zarr.json", arrays.open_group, dataset.location)[1]
     counted: dict[str, Counted] = {}
     for split in sorted(manifest.splits, key=lambda name: name == "train"):  # what is held out is known before train
         held_out = counted["validation"].documents if "validation" in counted else np.empty(0, np.uint64)
-        more, sums = _check_split(path, manifest, split, companions, held_out, damaged)
+        more, sums = _check_split(dataset, split, companions, held_out, damaged)
         found += more
         if sums is not None:
             counted[split] = sums
@@ -79,7 +92,7 @@ def find_problems(path: Path) -> list[Finding]:
     return found
 
 
-def as_text(path: Path, problems: Sequence[Finding]) -> str:
+def as_text(path: Location, problems: Sequence[Finding]) -> str:
     """Return the findings as text, one a line, or that there are none."""
     if not problems:
         _, digest = read_manifest(path)
@@ -126,41 +139,46 @@ def _listed(findings: Iterator[Finding]) -> list[Finding]:
 
 
 def _check_split(
-    path: Path, manifest: Manifest, split: str, companions: _Companions, held_out: NDArray[np.uint64], damaged: set[str]
+    dataset: Mirror, split: str, companions: _Companions, held_out: NDArray[np.uint64], damaged: set[str]
 ) -> tuple[list[Finding], Counted | None]:
     """Findings in one split, and its sums where its rows could be checked."""
+    location, folder, manifest, _ = dataset
+    chunks = RangedChunks(location, folder) if isinstance(location, ObjectPath) else None
+    own = ArrayFolder(folder / split, chunks)
     mine = {place for place in damaged if place.startswith(f"{split}/")}
-    found = _check_arrays(path, manifest, split, mine)
+    found = _check_arrays(location, own, manifest, split, mine)
     if not found and not mine:
-        found = _check_offsets(path / split, manifest.splits[split], manifest.kind)
+        found = _check_offsets(own, manifest.splits[split], manifest.kind)
     if found or mine:
         return found, None
-    checked, failed = attempt("F010", split, _check_rows, path, manifest, split, companions, held_out)
+    checked, failed = attempt("F010", split, _check_rows, own, manifest, split, companions, held_out)
     if checked is None:
         return failed, None
     findings, counted = checked
     return [*findings, *books.manifest_sum_findings(counted, manifest, split)], counted
 
 
-def _check_offsets(split: Path, sizes: SplitEntry, kind: str) -> list[Finding]:
+def _check_offsets(split: ArrayFolder, sizes: SplitEntry, kind: str) -> list[Finding]:
     found = offset_findings(split, "row_offsets", sizes.segments)
     if kind != "pretrain":
         found += offset_findings(split, "span_offsets", sizes.spans)
     return found + (pair_findings(split) if kind == "preference" else [])
 
 
-def _check_arrays(path: Path, manifest: Manifest, split: str, damaged: set[str]) -> list[Finding]:
+def _check_arrays(
+    dataset: Location, own: ArrayFolder, manifest: Manifest, split: str, damaged: set[str]
+) -> list[Finding]:
     if any(place.endswith("/zarr.json") for place in damaged):
         return []
-    found = list(arrays.misdescribed_arrays(path, manifest, split))
-    if found or not all((path / place).is_file() for place in damaged):  # zarr reads a missing chunk as zeros
+    found = list(arrays.misdescribed_arrays(own, manifest, split))
+    if found or not all((dataset / place).exists() for place in damaged):  # zarr reads a missing chunk as zeros
         return found
     with stage(f"{split} chunks", arrays.num_chunks(manifest, split)) as advance:
-        return list(arrays.damaged_chunks(path, manifest, split, advance))
+        return list(arrays.damaged_chunks(dataset, own, manifest, split, advance))
 
 
 def _check_rows(
-    path: Path, manifest: Manifest, split: str, companions: _Companions, held_out: NDArray[np.uint64]
+    own: ArrayFolder, manifest: Manifest, split: str, companions: _Companions, held_out: NDArray[np.uint64]
 ) -> tuple[list[Finding], Counted]:
     mix, tokenizer = companions.mix, companions.tokenizer
     expected = Expected(
@@ -175,7 +193,7 @@ def _check_rows(
     hits: list[Hit] = []
     counted = Counted.of(len(manifest.sources))
     with stage(f"{split} rows", manifest.splits[split].rows) as advance:
-        for block_rows, block_hits in check_rows(path / split, expected, counted, split == "validation"):
+        for block_rows, block_hits in check_rows(own, expected, counted, split == "validation"):
             hits += block_hits
             advance(block_rows)
     found = merged(hits, split)

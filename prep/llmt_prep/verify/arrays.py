@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.storage import ObjectStore
 
 from llmt_prep.verify.findings import Finding, attempt, finding
-from llmt_shared.dataset import ChunkedArray
+from llmt_shared.chunks import CRC_BYTES, ArrayFolder, ChunkedArray
 from llmt_shared.manifest import Manifest
+from llmt_shared.objects import Location, store_below
 
-_CRC_BYTES = 4
 _SAMPLED_ROWS = 16  # of a chunk of tokens; the other arrays are compared in full
 
 
@@ -41,10 +42,10 @@ def wanted_arrays(manifest: Manifest, split: str) -> dict[str, tuple[tuple[int, 
     return {name: (shape, np.dtype(dtype)) for name, (shape, dtype) in wanted.items()}
 
 
-def misdescribed_arrays(directory: Path, manifest: Manifest, split: str) -> Iterator[Finding]:
+def misdescribed_arrays(arrays: ArrayFolder, manifest: Manifest, split: str) -> Iterator[Finding]:
     """Compare shapes, dtypes and chunk files with what the manifest asks for; reads no chunk."""
     for name, (shape, dtype) in wanted_arrays(manifest, split).items():
-        array, failed = attempt("F010", f"{split}/{name}/zarr.json", ChunkedArray, directory / split / name)
+        array, failed = attempt("F010", f"{split}/{name}/zarr.json", arrays.open, name)
         yield from failed
         if array is not None:
             wrong, failed = attempt(
@@ -55,20 +56,21 @@ def misdescribed_arrays(directory: Path, manifest: Manifest, split: str) -> Iter
 
 
 def damaged_chunks(
-    directory: Path, manifest: Manifest, split: str, advance: Callable[[int], None]
+    dataset: Location, arrays: ArrayFolder, manifest: Manifest, split: str, advance: Callable[[int], None]
 ) -> Iterator[Finding]:
     """Read every chunk through zarr, which checks its CRC-32C, and compare with our reader.
 
     Args:
-        directory: of the dataset.
+        dataset: its folder or URL.
+        arrays: those of the split, as our reader finds them.
         manifest: its manifest.
         split: whose arrays are well described.
         advance: told the chunks done.
     """
-    group, failed = attempt("F010", f"{split}/zarr.json", open_group, directory / split)
+    group, failed = attempt("F010", f"{split}/zarr.json", open_group, dataset / split)
     yield from failed
     for name in wanted_arrays(manifest, split) if group is not None else ():
-        ours = ChunkedArray(directory / split / name)
+        ours = arrays.open(name)
         theirs, failed = attempt("F010", f"{split}/{name}/zarr.json", getitem, group, name)
         yield from failed
         step = ours.chunk_shape[0]
@@ -81,9 +83,10 @@ def damaged_chunks(
             advance(1)
 
 
-def open_group(directory: Path) -> zarr.Group:
+def open_group(group: Location) -> zarr.Group:
     """Open a group as any reader of Zarr v3 does."""
-    return zarr.open_group(directory, mode="r", zarr_format=3)
+    where = group if isinstance(group, Path) else ObjectStore(store_below(group), read_only=True)
+    return zarr.open_group(where, mode="r", zarr_format=3)
 
 
 def num_chunks(manifest: Manifest, split: str) -> int:
@@ -107,7 +110,7 @@ def _wrong_chunks(array: ChunkedArray, manifest: Manifest, prefix: str) -> list[
     wanted = -(-len(array) // array.chunk_shape[0])
     if len(listed) != wanted:
         return [f"the manifest lists {len(listed)} chunk files; wanted {wanted}"]
-    size = math.prod(array.chunk_shape) * array.dtype.itemsize + _CRC_BYTES
+    size = math.prod(array.chunk_shape) * array.dtype.itemsize + CRC_BYTES
     names = [prefix + str(chunk) + "/0" * (len(array.shape) - 1) for chunk in range(wanted)]
     return [
         f"{name}: {listed.get(name, 'no such file; wanted')} bytes; wanted {size}"

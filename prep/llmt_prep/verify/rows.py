@@ -5,7 +5,6 @@ Shape legend: R rows of a block, L tokens of a row, S segments of these rows.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +17,7 @@ from llmt_prep.verify import spans
 from llmt_prep.verify.findings import Finding, finding
 from llmt_prep.verify.hits import Hit, by_segment, in_rows
 from llmt_prep.verify.special import Surroundings, piece_balance, special_token_hits
-from llmt_shared.dataset import ChunkedArray
+from llmt_shared.chunks import ArrayFolder
 from llmt_shared.segments import count_targets
 
 TOKENS_AT_ONCE = 1 << 22
@@ -57,9 +56,9 @@ class Counted:
         return cls(np.zeros(num_sources, np.int64), np.zeros(num_sources, np.int64))
 
 
-def offset_findings(split: Path, name: str, total: int) -> list[Finding]:
+def offset_findings(split: ArrayFolder, name: str, total: int) -> list[Finding]:
     """Check that offsets ascend from 0 to the number of what they count: all else is read through them."""
-    array, name, before = ChunkedArray(split / name), f"{split.name}/{name}", 0
+    array, name, before = split.open(name), f"{split.path.name}/{name}", 0
     if array[:1].tolist() != [0]:
         return [finding("F020", name, f"starts at {array[:1].tolist()}; wanted 0")]
     for start in range(0, len(array), 1 << 20):
@@ -74,17 +73,17 @@ def offset_findings(split: Path, name: str, total: int) -> list[Finding]:
 
 
 def check_rows(
-    split: Path, expected: Expected, counted: Counted, keeps_documents: bool
+    split: ArrayFolder, expected: Expected, counted: Counted, keeps_documents: bool
 ) -> Iterator[tuple[int, list[Hit]]]:
     """Yield, block by block, the number of rows and what is wrong in them.
 
     Args:
-        split: directory of the split, whose offsets are sound.
+        split: arrays of the split, whose offsets are sound.
         expected: what to compare with.
         counted: sums, to which this adds.
         keeps_documents: collect the distinct documents.
     """
-    tokens, row_targets = ChunkedArray(split / "tokens"), ChunkedArray(split / "row_targets")
+    tokens, row_targets = split.open("tokens"), split.open("row_targets")
     for block in scan.blocks(split, max(1, TOKENS_AT_ONCE // expected.length)):
         mine = slice(block.first_row, block.first_row + len(block.segments.per_row))
         hits = list(_segment_hits(block, expected))
@@ -134,7 +133,7 @@ def _token_hits(block: Block, tokens_RL: NDArray[np.integer], expected: Expected
         yield from special_token_hits(block, tokens_RL, is_padding_RL, expected.surroundings)
 
 
-def _target_hits(block: Block, split: Path, expected: Expected) -> Iterator[Hit]:
+def _target_hits(block: Block, split: ArrayFolder, expected: Expected) -> Iterator[Hit]:
     """What is wrong with spans and pairs; the segments fit their rows."""
     if expected.kind == "pretrain":
         return
@@ -143,7 +142,7 @@ def _target_hits(block: Block, split: Path, expected: Expected) -> Iterator[Hit]
         yield from by_segment("F044", block, block.segments.offset > 0, "a later piece of a conversation")
         return
     yield from spans.pair_hits(block)
-    said = ChunkedArray(split / "row_chosen_targets")[block.first_row : block.first_row + len(block.segments.per_row)]
+    said = split.open("row_chosen_targets")[block.first_row : block.first_row + len(block.segments.per_row)]
     is_wrong = said != spans.chosen_targets(block, expected.length)
     yield from in_rows("F024", block.first_row, is_wrong, "row_chosen_targets is not the targets of its chosen sides")
 

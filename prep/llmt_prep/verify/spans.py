@@ -4,7 +4,6 @@ Shape legend: R rows of a block, L tokens of a row, S segments of these rows, N 
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +12,7 @@ from llmt_prep.scan import Block
 from llmt_prep.verify.findings import Finding, finding
 from llmt_prep.verify.hits import Hit, by_segment, in_rows
 from llmt_prep.verify.special import borders
-from llmt_shared.dataset import ChunkedArray
+from llmt_shared.chunks import ArrayFolder
 
 _ROWS_AT_ONCE = 1 << 20
 
@@ -59,19 +58,19 @@ def chosen_targets(block: Block, length: int) -> NDArray[np.int64]:
     return np.bincount(row, block.spans.length * is_chosen, len(block.spans.per_row)).astype(np.int64)
 
 
-def pair_findings(split: Path) -> list[Finding]:
+def pair_findings(split: ArrayFolder) -> list[Finding]:
     """Check that each two neighbouring segments are a pair, in `pair_offsets` and in `pair_segments`."""
-    pairs, pair_offsets = ChunkedArray(split / "pair_segments"), ChunkedArray(split / "pair_offsets")
-    row_offsets = ChunkedArray(split / "row_offsets")
+    pairs, pair_offsets = split.open("pair_segments"), split.open("pair_offsets")
+    row_offsets = split.open("row_offsets")
     for start in range(0, len(row_offsets), _ROWS_AT_ONCE):
         mine = slice(start, start + _ROWS_AT_ONCE)
         if not np.array_equal(pair_offsets[mine], row_offsets[mine] // 2):  # rows of odd numbers are found elsewhere
-            return [finding("F028", f"{split.name}/pair_offsets", "is not half of row_offsets")]
-    wanted = int(row_offsets[len(row_offsets) - 1 :][0]) // 2
+            return [finding("F028", f"{split.path.name}/pair_offsets", "is not half of row_offsets")]
+    wanted, place = int(row_offsets[len(row_offsets) - 1 :][0]) // 2, f"{split.path.name}/pair_segments"
     if len(pairs) != wanted:
-        return [finding("F028", f"{split.name}/pair_segments", f"{len(pairs)} pairs; wanted {wanted}, all segments")]
+        return [finding("F028", place, f"{len(pairs)} pairs; wanted {wanted}, all segments")]
     for start in range(0, len(pairs), _ROWS_AT_ONCE):
         part = pairs[start : start + _ROWS_AT_ONCE]
         if not np.array_equal(part.ravel(), np.arange(2 * start, 2 * (start + len(part)))):
-            return [finding("F028", f"{split.name}/pair_segments", "does not name each segment once, in order")]
+            return [finding("F028", place, "does not name each segment once, in order")]
     return []

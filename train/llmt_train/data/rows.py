@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from llmt_shared.dataset import PairTable, RowSegments, SegmentTable
 from llmt_shared.manifest import TokenizerEntry
+from llmt_shared.objects import Location
 from llmt_shared.segments import Spans
 
 Numbers = Sequence[int] | NDArray[np.integer]
@@ -18,7 +19,7 @@ Numbers = Sequence[int] | NDArray[np.integer]
 class AnySplit(Protocol):
     """The rows of one split: `llmt_shared.dataset.Split` says what each method returns."""
 
-    path: Path
+    path: Location
     """Where they are, for messages."""
     num_rows: int
     length: int
@@ -53,8 +54,12 @@ class AnyDataset(Protocol):
     """All splits, and what is true of all: `llmt_shared.dataset.Dataset`, or a `SyntheticDataset`."""
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Location:
         """Where it is, for messages."""
+
+    @property
+    def folder(self) -> Path | None:
+        """Where its files lie but, perhaps, the arrays' chunks; ``None`` where there are none."""
 
     @property
     def kind(self) -> str:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from llmt_shared.dataset import PairTable, RowSegments, SegmentTable
 from llmt_shared.errors import ConfigError
 from llmt_shared.manifest import TokenizerEntry
+from llmt_shared.objects import Location
 from llmt_shared.order import key, mix
 from llmt_shared.segments import Spans, count_targets
 from llmt_train.config import SyntheticConfig
@@ -46,7 +47,8 @@ class SyntheticDataset:
     """There is none; its ids go up to the largest that may be drawn."""
     train: "SyntheticSplit"
     validation: "SyntheticSplit | None"
-    path: Path = Path("synthetic")
+    path: Location = Path("synthetic")
+    folder: None = None
     sources: tuple[str, ...] = ("synthetic",)
     tokenizer_dir: None = None
 
@@ -88,7 +90,7 @@ class SyntheticSplit:
 
     def __init__(self, settings: SyntheticConfig, kind: str, name: str, quantiles: NDArray[np.int64]) -> None:
         assert settings.vocab_size is not None  # `open_synthetic` has filled it in
-        self.path = Path("synthetic") / name
+        self.path: Location = Path("synthetic") / name
         self.length = settings.length
         self.num_rows = settings.rows if name == "train" else settings.held_out
         self._kind = kind

@@ -59,7 +59,7 @@ def describe_spike(setup: Setup, step: int, loss: float, usual: Usual, parts: li
     rises = sorted(((piece.loss - usual.loss * piece.weight, piece) for piece in pieces), reverse=True)[:_WORST]
     enough = min(rises[0][0], _NOTEWORTHY * (loss - usual.loss))
     worst = [piece for rise, piece in rises if rise >= enough]
-    places = find_places(setup.dataset.path, [piece.document for piece in worst])
+    places = find_places(setup.dataset.folder, [piece.document for piece in worst])
     described = [_describe(setup, piece, place, loss) for piece, place in zip(worst, places, strict=True)]
     return {"usual": usual.loss, "limit": usual.limit, "pieces": described}
 
@@ -103,7 +103,7 @@ def not_finite_message(setup: Setup, step: int, norm: float, parts: list[StepPar
     rows = list(dict.fromkeys(piece.row for piece in blamed))
     documents = list(dict.fromkeys((piece.source, piece.document) for piece in blamed))
     shown = documents[:_MOST_NAMED]
-    places = find_places(setup.dataset.path, [document for _, document in shown])
+    places = find_places(setup.dataset.folder, [document for _, document in shown])
     names = [
         _named(f"{setup.dataset.sources[source]}:{document}", *(place or (None, None)))
         for (source, document), place in zip(shown, places, strict=True)

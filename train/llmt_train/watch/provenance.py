@@ -16,11 +16,19 @@ class Place(NamedTuple):
     """Physical line or row of the file, from 0."""
 
 
-def find_places(dataset: Path, documents: Sequence[int]) -> list[Place | None]:
+def find_places(dataset: Path | None, documents: Sequence[int]) -> list[Place | None]:
     """Return where documents (``segment_document``) come from, by files.parquet.
 
-    ``None`` for all where it cannot be read: `pyarrow` belongs to packing, and a run can do without.
+    Args:
+        dataset: its folder, if it has one.
+        documents: their numbers.
+
+    Returns:
+        ``None`` for all where there is no such file, or where it cannot be read: `pyarrow` belongs to packing, and a
+        run can do without.
     """
+    if dataset is None:
+        return [None] * len(documents)
     try:
         import pyarrow.parquet as pq
 

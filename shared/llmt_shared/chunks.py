@@ -1,0 +1,204 @@
+"""Zarr arrays read chunk by chunk: where a chunk lies (mapped, fetched, asked for by ranges) is another's to know.
+
+Chunks hold raw little-endian C-order data and a 4-byte CRC-32C (FORMAT.md), so a chunk file is mapped as it is.
+"""
+
+import json
+import math
+import mmap
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmt_shared.errors import FormatError
+from llmt_shared.segments import ranges
+
+CODECS = [
+    {"name": "bytes", "configuration": {"endian": "little"}},
+    {"name": "crc32c"},
+]
+CRC_BYTES = 4
+_MAX_OPEN = 128  # mapped chunk files per array; a map costs a file descriptor and a few kB
+
+
+class Layout(NamedTuple):
+    """What one chunk file holds."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def item_bytes(self) -> int:
+        """Of one element of the first axis."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+
+class Chunks(Protocol):
+    """Where the chunk files of an array are."""
+
+    def reading(self, path: Path, layout: Layout, start: int, stop: int) -> AbstractContextManager[NDArray[Any]]:
+        """Give elements ``start`` to ``stop`` of a chunk's first axis; they may be gone when the block ends."""
+
+    def will_need(self, path: Path, layout: Layout, places: Sequence[int]) -> None:
+        """Elements at these places are read soon."""
+
+
+class ChunkedArray:
+    """One Zarr array, read in slices of its first axis."""
+
+    def __init__(self, path: Path, chunks: Chunks | None = None) -> None:
+        """Read the metadata.
+
+        Args:
+            path: the array's directory.
+            chunks: where the chunk files are; ``None``: in that directory, to be mapped and read in order.
+        """
+        self.path = path
+        self.shape, self.dtype, self.chunk_shape = _read_metadata(path)
+        self._layout = Layout(self.chunk_shape, self.dtype)
+        self._chunks = MappedChunks() if chunks is None else chunks
+        self._file = lru_cache(maxsize=_MAX_OPEN)(self._find)
+
+    def __len__(self) -> int:
+        return int(self.shape[0])
+
+    def __getitem__(self, item: slice) -> NDArray[Any]:
+        """Return a copy of ``array[start:stop]``; a step is not supported."""
+        start, stop, step = item.indices(len(self))
+        if step != 1:
+            raise ValueError("only plain slices")
+        out = self._empty(max(0, stop - start))
+        place = 0
+        while place < len(out):
+            chunk, first = divmod(start + place, self.chunk_shape[0])
+            last = min(first + len(out) - place, self.chunk_shape[0])
+            with self._reading(chunk, first, last) as values:
+                out[place : place + last - first] = values
+            place += last - first
+        return out
+
+    def take(self, indices: Sequence[int] | NDArray[np.integer]) -> NDArray[Any]:
+        """Return ``array[indices]`` of the first axis, in the order asked for."""
+        out = self._empty(len(indices))
+        for place, (chunk, offset) in enumerate(self._places(indices)):
+            with self._reading(chunk, offset, offset + 1) as values:
+                out[place] = values[0]
+        return out
+
+    def slices(self, borders: NDArray[np.int64]) -> NDArray[Any]:
+        """Return ``array[first:last]`` of [n, 2] borders inside the array, one after another."""
+        indices = ranges(borders[:, 0], borders[:, 1] - borders[:, 0])
+        chunks, offsets = np.divmod(indices, self.chunk_shape[0])
+        out = self._empty(len(indices))
+        for chunk in np.bincount(chunks).nonzero()[0].tolist():
+            mine = (chunks == chunk).nonzero()[0]
+            wanted = offsets[mine]
+            first = int(wanted.min())
+            with self._reading(chunk, first, int(wanted.max()) + 1) as values:
+                out[mine] = values[wanted - first]
+        return out
+
+    def will_need(self, indices: Sequence[int] | NDArray[np.integer]) -> None:
+        """Begin to fetch ``array[indices]`` in the background, where that can be done."""
+        places: dict[int, list[int]] = {}
+        for chunk, offset in self._places(indices):
+            places.setdefault(chunk, []).append(offset)
+        for chunk, offsets in places.items():
+            self._chunks.will_need(self._file(chunk), self._layout, offsets)
+
+    def _reading(self, chunk: int, start: int, stop: int) -> AbstractContextManager[NDArray[Any]]:
+        return self._chunks.reading(self._file(chunk), self._layout, start, stop)
+
+    def _find(self, chunk: int) -> Path:
+        return self.path / "c" / "/".join([str(chunk)] + ["0"] * (len(self.shape) - 1))
+
+    def _places(self, indices: Sequence[int] | NDArray[np.integer]) -> list[tuple[int, int]]:
+        """Chunk of each index, and its place there."""
+        found = np.asarray(indices).tolist()  # NumPy's own numbers are slow to reckon with
+        if found and not 0 <= min(found) <= max(found) < self.shape[0]:
+            raise IndexError(f"{self.path}: {found} are not all in 0 .. {self.shape[0]}")
+        return [divmod(index, self.chunk_shape[0]) for index in found]
+
+    def _empty(self, count: int) -> NDArray[Any]:
+        return np.empty((count, *self.shape[1:]), self.dtype)
+
+
+class _Mapped(NamedTuple):
+    values: NDArray[Any]
+    memory: mmap.mmap
+
+
+class MappedChunks:
+    """Chunk files on a disk, mapped; a bounded number stays so."""
+
+    def __init__(self, *, is_read_in_order: bool = True) -> None:
+        """Begin with none.
+
+        Args:
+            is_read_in_order: let the kernel read ahead. Where elements are read in random order it must not: it would
+                fetch megabytes for each, and more data than fit into memory would push one another out.
+        """
+        self._is_read_in_order = is_read_in_order
+        self._chunk = lru_cache(maxsize=_MAX_OPEN)(self._map)
+
+    def reading(self, path: Path, layout: Layout, start: int, stop: int) -> AbstractContextManager[NDArray[Any]]:
+        """Give a part of the map, which stays."""
+        return nullcontext(self._chunk(path, layout).values[start:stop])
+
+    def will_need(self, path: Path, layout: Layout, places: Sequence[int]) -> None:
+        """Have the kernel fetch elements in the background; does nothing where it cannot be told so."""
+        if not hasattr(mmap, "MADV_WILLNEED"):
+            return
+        memory, size = self._chunk(path, layout).memory, layout.item_bytes
+        for place in places:
+            before = place * size % mmap.PAGESIZE
+            memory.madvise(mmap.MADV_WILLNEED, place * size - before, size + before)
+
+    def _map(self, path: Path, layout: Layout) -> _Mapped:
+        try:
+            with path.open("rb") as file:
+                memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            values = np.frombuffer(memory, layout.dtype, math.prod(layout.shape)).reshape(layout.shape)
+        except (OSError, ValueError) as error:
+            raise FormatError(f"{path}: cannot be mapped ({error}); run `llmt-prep verify`") from None
+        if not self._is_read_in_order and hasattr(mmap, "MADV_RANDOM"):
+            memory.madvise(mmap.MADV_RANDOM)
+        return _Mapped(values, memory)
+
+
+class ArrayFolder(NamedTuple):
+    """The arrays of one split."""
+
+    path: Path
+    """Their metadata lies there."""
+    chunks: Chunks | None = None
+    """Where their chunk files are; ``None``: there too."""
+
+    def open(self, name: str) -> ChunkedArray:
+        """Open one array."""
+        return ChunkedArray(self.path / name, self.chunks)
+
+    def has(self, name: str) -> bool:
+        """Whether there is an array of this name."""
+        return (self.path / name).exists()
+
+
+def _read_metadata(path: Path) -> tuple[tuple[int, ...], np.dtype[Any], tuple[int, ...]]:
+    """Shape, dtype and chunk shape of an array."""
+    try:
+        meta: dict[str, Any] = json.loads((path / "zarr.json").read_bytes())
+        codecs = [{key: value for key, value in codec.items() if value} for codec in meta["codecs"]]
+        grid = meta["chunk_grid"]
+        shape, chunk_shape = tuple(meta["shape"]), tuple(grid["configuration"]["chunk_shape"])
+        dtype = np.dtype(meta["data_type"]).newbyteorder("<")
+        is_known = codecs == CODECS and grid["name"] == "regular"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise FormatError(f"{path}/zarr.json: not a Zarr v3 array ({error!r}); run `llmt-prep verify`") from None
+    if not is_known:
+        raise FormatError(f"{path}: codecs {codecs}; wanted raw little-endian bytes with crc32c, as FORMAT.md says")
+    return shape, dtype, chunk_shape

@@ -1,0 +1,104 @@
+"""A dataset below a URL: what of it is copied when it is opened, and how the rest is read by ranges."""
+
+import hashlib
+import math
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmt_shared import durable
+from llmt_shared.chunks import Layout
+from llmt_shared.errors import FormatError
+from llmt_shared.manifest import FileEntry, Manifest, read_manifest, refuse_wrong_files, wrong_files
+from llmt_shared.objects import Location, ObjectPath
+
+_TRIES = 4
+"""At a file whose content is not the manifest's, before it is taken for damaged."""
+_AT_ONCE = 8
+
+
+class Mirror(NamedTuple):
+    """A dataset and a folder with its files, but for the chunks of its arrays."""
+
+    location: Location
+    folder: Path
+    manifest: Manifest
+    digest: str
+
+
+def mirrored(location: ObjectPath, folder: Path) -> Mirror:
+    """Copy all files of a dataset but the chunks of its arrays; those that are there already stay.
+
+    Raises:
+        FormatError: no finished dataset, or one that is damaged.
+        StoreError: the store gives no answer.
+    """
+    manifest, digest = read_manifest(location)
+    refuse_wrong_files(wrong_files(location, manifest))
+    copy_small_files(location, folder, manifest)
+    return Mirror(location, folder, manifest, digest)
+
+
+def copy_small_files(
+    location: ObjectPath, folder: Path, manifest: Manifest, without: Collection[str] = frozenset()
+) -> None:
+    """Copy the files of a dataset that are no chunks, but for those named, where they are not there already."""
+    wanted = [entry for entry in manifest.files if not is_chunk(entry) and entry.path not in without]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        list(pool.map(lambda entry: _copy(location, folder, entry), wanted))
+
+
+def is_chunk(entry: FileEntry) -> bool:
+    """Whether a file is a chunk of an array."""
+    return "/c/" in entry.path
+
+
+def fetch(location: ObjectPath, entry: FileEntry, path: Path) -> None:
+    """Write one file of a dataset to ``path``; what arrives must have the size and hash of the manifest.
+
+    Raises:
+        FormatError: it has not, however often it is read.
+        StoreError: the store gives no answer.
+    """
+    for _ in range(_TRIES):
+        state = hashlib.sha256()
+        with path.open("r+b" if path.exists() else "wb") as file:
+            for piece in (location / entry.path).pieces(entry.bytes):
+                state.update(piece)
+                file.write(piece)
+        if state.hexdigest() == entry.sha256:
+            return
+    raise FormatError(
+        f"{location / entry.path}: sha256 is {state.hexdigest()}, also when it is read again; the manifest says "
+        f"{entry.sha256}. Copy the dataset there again or pack it again"
+    )
+
+
+class RangedChunks:
+    """Chunks of which only the bytes asked for are fetched; nothing is kept."""
+
+    def __init__(self, location: ObjectPath, folder: Path) -> None:
+        self._location, self._folder = location, folder
+
+    def reading(self, path: Path, layout: Layout, start: int, stop: int) -> AbstractContextManager[NDArray[Any]]:
+        """Fetch elements ``start`` to ``stop``; their checksum is of the whole chunk, so it says nothing of them."""
+        size, name = layout.item_bytes, path.relative_to(self._folder).as_posix()
+        content = (self._location / name).read_range(start * size, stop * size)
+        shape = (stop - start, *layout.shape[1:])
+        return nullcontext(np.frombuffer(content, layout.dtype, math.prod(shape)).reshape(shape))
+
+    def will_need(self, path: Path, layout: Layout, places: Sequence[int]) -> None:
+        """Do nothing."""
+
+
+def _copy(location: ObjectPath, folder: Path, entry: FileEntry) -> None:
+    path = folder / entry.path
+    if path.exists() and path.stat().st_size == entry.bytes:
+        return
+    with durable.writing(path) as file:
+        fetch(location, entry, Path(file.name))

@@ -1,0 +1,122 @@
+"""A dataset below a URL is the same dataset, and what is asked of it is all that is fetched."""
+
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import object_store
+import pytest
+import small_datasets
+
+from llmt_shared.dataset import Dataset, open_dataset
+from llmt_shared.errors import FormatError
+from llmt_shared.objects import ObjectPath
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[object_store.Server]:
+    with object_store.serving() as running:
+        yield running
+
+
+@pytest.fixture(scope="module", params=["pretrain", "sft", "preference"])
+def local(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return open_dataset(small_datasets.build_kind(tmp_path_factory.mktemp("data"), request.param))
+
+
+@pytest.fixture(scope="module")
+def url(server: object_store.Server, local: Dataset) -> ObjectPath:
+    return object_store.upload(server, local.folder, local.kind)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, tuple):
+        return all(_same(*each) for each in zip(a, b, strict=True))
+    return np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b
+
+
+def test_every_row_is_that_of_the_local_copy(local, url):
+    remote = open_dataset(url)
+    assert remote.digest == local.digest
+    for ours, theirs in ((remote.train, local.train), (remote.validation, local.validation)):
+        rows = range(0, len(theirs), 3)
+        assert len(ours) == len(theirs)
+        assert all(_same(ours[row], theirs[row]) for row in rows)
+        assert _same(ours.pairs(rows), theirs.pairs(rows))
+        assert _same(ours.targets(rows), theirs.targets(rows))
+
+
+def test_the_folder_has_all_but_the_chunks(local, url):
+    folder = open_dataset(url).folder
+    copied = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert copied == {entry.path for entry in local.manifest.files if "/c/" not in entry.path}
+
+
+def test_one_row_costs_one_row_of_tokens(local, url, server):
+    remote = open_dataset(url)
+    server.seen.clear()
+    remote.train[0]
+    (read,) = [where for _, path, where in server.seen if "/tokens/" in path]
+    assert read == f"bytes=0-{local.train.length * local.train.token_dtype.itemsize - 1}"
+
+
+def test_a_dataset_of_a_web_server_is_read_though_nothing_is_listed(local, tmp_path):
+    handler = partial(_Quiet, directory=str(local.folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        remote = open_dataset(f"http://127.0.0.1:{web.server_address[1]}")
+        assert _same(remote.train[1], local.train[1])
+        web.shutdown()
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:  # the standard library's knows no ranges
+        if (asked := self.headers.get("Range")) is None:
+            return super().do_GET()
+        first, last = map(int, asked.removeprefix("bytes=").split("-"))
+        content = Path(self.translate_path(self.path)).read_bytes()
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
+        self.send_header("Content-Length", str(last + 1 - first))
+        self.end_headers()
+        self.wfile.write(content[first : last + 1])
+        return None
+
+
+def test_a_missing_and_a_truncated_file_are_named_before_anything_is_read(local, server):
+    url = object_store.upload(server, local.folder, f"damaged-{local.kind}")
+    (url / "train/tokens/c/0/0").unlink()
+    (url / "train/row_targets/c/0").write_bytes(b"short")
+    with pytest.raises(FormatError, match=r"(?s)row_targets/c/0: truncated: 5 bytes.*|tokens/c/0/0: missing") as error:
+        open_dataset(url)
+    assert f"{url}/train/tokens/c/0/0: missing" in str(error.value)
+    assert f"{url}/train/row_targets/c/0: truncated: 5 bytes" in str(error.value)
+
+
+def test_a_small_file_with_other_bytes_is_refused(local, server):
+    url = object_store.upload(server, local.folder, f"flipped-{local.kind}")
+    content = (local.folder / "ledger.json").read_bytes()
+    (url / "ledger.json").write_bytes(content[:-3] + b"?" + content[-2:])
+    with pytest.raises(FormatError, match=r"ledger.json: sha256 is .*, also when it is read again"):
+        open_dataset(url)
+
+
+def test_a_bit_that_flips_on_the_way_is_read_again(local, url, server):
+    server.faults = object_store.Faults(flipped=0.3, only="ledger")
+    try:
+        assert open_dataset(url).digest == local.digest
+    finally:
+        server.faults = object_store.Faults()
+
+
+def test_what_holds_no_manifest_is_no_dataset(server):
+    server.url("unfinished/train/zarr.json").write_bytes(b"{}")
+    with pytest.raises(FormatError, match=r"s3://bucket/unfinished: holds no MANIFEST.json"):
+        open_dataset("s3://bucket/unfinished")
