@@ -7,6 +7,7 @@ from pathlib import Path
 
 from llmt_prep.cache import Origin, origin_of, unit_folders
 from llmt_prep.config import MixConfig
+from llmt_prep.executor import Executor
 from llmt_prep.ingest import Place, unusable_units
 from llmt_prep.report import count, size, table
 from llmt_shared.config import StrictModel
@@ -49,10 +50,10 @@ class CacheUse(StrictModel):
 
 
 def cache_use(
-    config: MixConfig, places: Sequence[Place], cache: Path, inexact: frozenset[str], workers: int
+    config: MixConfig, places: Sequence[Place], cache: Path, inexact: frozenset[str], executor: Executor
 ) -> CacheUse:
     """Compare the units of a mix with those in the cache, which are read to see whether they are sound."""
-    unusable = unusable_units(places, inexact, workers)
+    unusable = unusable_units(places, inexact, executor)
     missing = {place.directory: place for place in reversed(places) if not place.directory.exists()}
     stored = _Stored(cache, list(missing.values()))
 

@@ -16,8 +16,9 @@ from typing import NamedTuple, TypedDict
 
 import xxhash
 
-from llmt_prep import documents, executor
+from llmt_prep import documents
 from llmt_prep.documents import Unit
+from llmt_prep.executor import HERE, Executor
 from llmt_prep.tokenization import hash_content
 from llmt_shared import durable
 from llmt_shared.errors import DataError
@@ -83,13 +84,15 @@ class Job(NamedTuple):
         return f"{self.reader} {self.unit_size}"
 
 
-def hash_inputs(jobs: Sequence[Job], index: Path, workers: int, *, rehash: bool, remember: bool) -> list[FileHashes]:
+def hash_inputs(
+    jobs: Sequence[Job], index: Path, executor: Executor, *, rehash: bool, remember: bool
+) -> list[FileHashes]:
     """Return the hashes of each file and of its units.
 
     Args:
         jobs: files; one that comes twice is hashed once.
         index: where hashes of unchanged files are remembered.
-        workers: processes.
+        executor: runs the jobs, where they are many bytes.
         rehash: do not believe the index.
         remember: write down what was hashed, also when the run is stopped in the middle.
 
@@ -104,7 +107,7 @@ def hash_inputs(jobs: Sequence[Job], index: Path, workers: int, *, rehash: bool,
     try:
         with stage("hash", total, "bytes") as advance:
             tasks = [(job,) for job in missing]
-            for done, hashes in executor.run(hash_input, tasks, workers if total > IN_PROCESS_BYTES else 1):
+            for done, hashes in (executor if total > IN_PROCESS_BYTES else HERE).run(hash_input, tasks):
                 new[missing[done]] = hashes
                 advance(missing[done].file.bytes)
     finally:

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from llmt_prep import documents, executor, store
+from llmt_prep import documents, store
 from llmt_prep.cache import Origin, tokenizer_directory, unit_directory
 from llmt_prep.choice import Choice, choose_engine
 from llmt_prep.config import MixConfig, tolerated
 from llmt_prep.corpus import Corpus, UnitEntry, close_units
 from llmt_prep.documents import Unit
+from llmt_prep.executor import HERE, Executor
 from llmt_prep.guard import inexact_engines
 from llmt_prep.hashes import IN_PROCESS_BYTES
 from llmt_prep.held import Shelved, hold
@@ -67,7 +68,7 @@ def tokenize_inputs(
     inputs: Inputs,
     tokenizer: LoadedTokenizer,
     cache: Path,
-    workers: int,
+    executor: Executor,
     known: Path | None = None,
 ) -> Corpus:
     """Tokenize what the cache does not hold.
@@ -77,7 +78,7 @@ def tokenize_inputs(
         inputs: hashed files.
         tokenizer: loaded tokenizer.
         cache: where units are written.
-        workers: processes.
+        executor: tokenizes.
         known: another cache, which is only read.
 
     Raises:
@@ -86,8 +87,8 @@ def tokenize_inputs(
     shelved = _shelve_tokenizer(config, cache, tokenizer)
     places = place_units(config, inputs, tokenizer, known or cache)
     inexact = inexact_engines(tokenizer_directory(known or cache, tokenizer.digest))
-    places = _reusable(places, cache, unusable_units(places, inexact, workers), inexact)
-    _tokenize_missing(config, inputs, places, shelved, inexact, workers)
+    places = _reusable(places, cache, unusable_units(places, inexact, executor), inexact)
+    _tokenize_missing(config, inputs, places, shelved, inexact, executor)
     metas = [open_unit(place.directory).meta for place in places]
     _check_bad(config, inputs, places, metas, np.ones(len(config.sources)))
     return _corpus(inputs.files, places, metas, len(config.sources))
@@ -109,20 +110,20 @@ def place_units(config: MixConfig, inputs: Inputs, tokenizer: LoadedTokenizer, c
     return places
 
 
-def unusable_units(places: Iterable[Place], inexact: frozenset[str], workers: int) -> dict[Path, str]:
+def unusable_units(places: Iterable[Place], inexact: frozenset[str], executor: Executor) -> dict[Path, str]:
     """Return the folders of units that are there but must not be used, and what to say; it reads all units.
 
     Args:
         places: where units are.
         inexact: engines that were found wrong for the tokenizer.
-        workers: processes.
+        executor: reads, where there is much to read.
     """
     there = {place.directory: place.bytes for place in places if place.directory.exists()}
     folders, total = list(there), sum(there.values())
     unusable: dict[Path, str] = {}
     with stage("check cache", total, "bytes") as advance:
         tasks = [(folder,) for folder in folders]
-        for done, is_sound in executor.run(store.is_sound, tasks, workers if total > IN_PROCESS_BYTES else 1):
+        for done, is_sound in (executor if total > IN_PROCESS_BYTES else HERE).run(store.is_sound, tasks):
             folder = folders[done]
             advance(there[folder])
             if not is_sound:
@@ -188,11 +189,11 @@ def _tokenize_missing(
     places: Sequence[Place],
     tokenizer: Shelved,
     inexact: frozenset[str],
-    workers: int,
+    executor: Executor,
 ) -> None:
     missing = {place.directory: place for place in places if not place.directory.exists()}
     todo = list(missing.values())
-    ahead = [*todo[workers:], *[None] * workers]
+    ahead = [*todo[executor.workers :], *[None] * executor.workers]
     is_fast = bool(todo) and _chosen(config, tokenizer, inexact).is_fast
     tasks = [
         (_task(config, inputs.files[place.file], place, after, tokenizer, is_fast),)
@@ -203,7 +204,7 @@ def _tokenize_missing(
     in_all = _bytes_by_source(places, len(config.sources))
     read = _bytes_by_source([place for place, _ in seen], len(config.sources))
     with stage("tokenize", sum(sizes), "bytes") as advance:
-        for done, meta in executor.run(run_task, tasks, workers):
+        for done, meta in executor.run(run_task, tasks):
             advance(sizes[done])
             seen.append((todo[done], meta))
             read[todo[done].source] += sizes[done]

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from llmt_prep import documents
 from llmt_prep.config import MixConfig, SourceConfig
 from llmt_prep.documents import Reading, Unit
+from llmt_prep.executor import Executor
 from llmt_prep.hashes import FileHashes, FileStat, Job, hash_inputs
 from llmt_prep.staging import staging_of
 from llmt_shared.errors import ConfigError
@@ -60,13 +61,13 @@ def reading_of(config: MixConfig, source: SourceConfig) -> Reading:
     )
 
 
-def find_inputs(config: MixConfig, cache: Path, workers: int, *, rehash: bool, remember: bool) -> Inputs:
+def find_inputs(config: MixConfig, cache: Path, executor: Executor, *, rehash: bool, remember: bool) -> Inputs:
     """Find all input files, cut them into units, and hash both.
 
     Args:
         config: the mix.
         cache: the folder in which the hashes of unchanged files are remembered.
-        workers: processes.
+        executor: hashes, where there is much to read.
         rehash: hash even files whose size, time and inode are as remembered.
         remember: write down what was hashed.
 
@@ -77,7 +78,7 @@ def find_inputs(config: MixConfig, cache: Path, workers: int, *, rehash: bool, r
     files, commits = _find_files(config, cache)
     readings = [reading_of(config, source) for source in config.sources.values()]
     jobs = [_job(file, readings[file.source].reader, config.unit_size) for file in files]
-    hashes = hash_inputs(jobs, cache / HASHES, workers, rehash=rehash, remember=remember)
+    hashes = hash_inputs(jobs, cache / HASHES, executor, rehash=rehash, remember=remember)
     hashed = tuple(replace(file, sha256=each.sha256) for file, each in zip(files, hashes, strict=True))
     return Inputs(hashed, tuple(_units(jobs, hashes)), commits)
 

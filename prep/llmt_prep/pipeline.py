@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 
 from llmt_prep import corpus as corpora
-from llmt_prep import executor, finish, shards, staging
+from llmt_prep import finish, shards, staging
 from llmt_prep.cache import being_read, cache_of, in_use, is_cache, tokenizer_directory
 from llmt_prep.config import MixConfig, resolved
 from llmt_prep.corpus import Corpus
+from llmt_prep.executor import Executor, local
 from llmt_prep.explain import CacheUse, cache_use
 from llmt_prep.guard import inexact_engines
 from llmt_prep.hashes import check_unchanged
@@ -83,23 +84,23 @@ def build_dataset(config: MixConfig, *, workers: int | None = None, force: bool 
         FormatError: the dataset that is there is damaged.
         Stopped: the disk is full.
     """
-    workers = workers or config.workers or executor.usable_cpus()
+    executor = local(workers or config.workers)
     if config.output.is_symlink():  # a rename would replace the link, not the folder on the disk that it points at
         config = config.model_copy(update={"output": config.output.resolve()})
     with staging.locked(config.output), in_use(cache_of(config)):
         staging.recover(config.output)
         _check_output(config.output)
-        return _build(config, workers, force, rehash)
+        return _build(config, executor, force, rehash)
 
 
 def dry_run(config: MixConfig, *, workers: int | None = None, rehash: bool = False) -> Plan:
     """Plan without writing: tokens are counted in a temporary directory where the cache does not hold them."""
-    workers = workers or config.workers or executor.usable_cpus()
+    executor = local(workers or config.workers)
     tokenizer, cache = _tokenizer(config), cache_of(config)
     _tell_of_template(config, tokenizer)
     with being_read(cache), tempfile.TemporaryDirectory(prefix="llmt-dry-run-") as temporary:
-        inputs = find_inputs(config, cache, workers, rehash=rehash, remember=False)
-        corpus = tokenize_inputs(config, inputs, tokenizer, Path(temporary), workers, known=cache)
+        inputs = find_inputs(config, cache, executor, rehash=rehash, remember=False)
+        corpus = tokenize_inputs(config, inputs, tokenizer, Path(temporary), executor, known=cache)
         return describe(config, corpus, select(config, corpus), token_dtype(tokenizer.max_id))
 
 
@@ -108,26 +109,26 @@ def explain_cache(config: MixConfig, *, workers: int | None = None, rehash: bool
 
     Nothing is written but, where there is a cache, the hashes of input files.
     """
-    workers = workers or config.workers or executor.usable_cpus()
+    executor = local(workers or config.workers)
     tokenizer, cache = _tokenizer(config), cache_of(config)
     with being_read(cache):
-        inputs = find_inputs(config, cache, workers, rehash=rehash, remember=is_cache(cache))
+        inputs = find_inputs(config, cache, executor, rehash=rehash, remember=is_cache(cache))
         inexact = inexact_engines(tokenizer_directory(cache, tokenizer.digest))
-        return cache_use(config, place_units(config, inputs, tokenizer, cache), cache, inexact, workers)
+        return cache_use(config, place_units(config, inputs, tokenizer, cache), cache, inexact, executor)
 
 
 def units_of(config: MixConfig, *, workers: int | None = None) -> set[str]:
     """Return the keys of the units that a mix is made of, in the cache or not."""
-    workers = workers or config.workers or executor.usable_cpus()
-    inputs = find_inputs(config, cache_of(config), workers, rehash=False, remember=False)
+    executor = local(workers or config.workers)
+    inputs = find_inputs(config, cache_of(config), executor, rehash=False, remember=False)
     return {place.directory.name for place in place_units(config, inputs, _tokenizer(config), cache_of(config))}
 
 
-def _build(config: MixConfig, workers: int, force: bool, rehash: bool) -> Built:
+def _build(config: MixConfig, executor: Executor, force: bool, rehash: bool) -> Built:
     clock, started = _Clock(), time.strftime("%Y-%m-%dT%H:%M:%S%z")
     tokenizer = _tokenizer(config)
     with clock("hash"):
-        inputs = find_inputs(config, cache_of(config), workers, rehash=rehash, remember=True)
+        inputs = find_inputs(config, cache_of(config), executor, rehash=rehash, remember=True)
     config = _with_formats(config, inputs)
     mix = resolved(config, inputs.commits, tokenizer.commit)
     recipe = recipe_of(mix, inputs.files, tokenizer.digest)
@@ -139,14 +140,14 @@ def _build(config: MixConfig, workers: int, force: bool, rehash: bool) -> Built:
     if is_resumed:
         say(f"going on with {directory}")
     with clock("tokenize"):
-        corpus = tokenize_inputs(config, inputs, tokenizer, cache_of(config), workers)
+        corpus = tokenize_inputs(config, inputs, tokenizer, cache_of(config), executor)
     check_unchanged(inputs.files)
     with clock("plan"):
         selected = select(config, corpus)
         splits = _plan_rows(config, directory, corpus, selected)
     with clock("gather"):
         dtype = token_dtype(tokenizer.max_id)
-        totals = {name: _gather(config, directory, corpus, name, dtype, workers) for name in splits}
+        totals = {name: _gather(config, directory, corpus, name, dtype, executor) for name in splits}
     with clock("finish"):
         ledger = _close_books(config, inputs, corpus, selected, directory, totals)
         data = directory / "data"
@@ -154,7 +155,7 @@ def _build(config: MixConfig, workers: int, force: bool, rehash: bool) -> Built:
         header = _header(config, tokenizer, recipe, totals)
         known = {path: sha256 for total in totals.values() for path, sha256 in total.sha256.items()}
         finish.write_manifest(data, header, known)
-    durable.write(data / finish.RUN_REPORT, _run_report(started, clock, workers, tokenizer, corpus))
+    durable.write(data / finish.RUN_REPORT, _run_report(started, clock, executor, tokenizer, corpus))
     staging.publish(config.output)
     return Built(config.output, *read_manifest(config.output), is_new=True)
 
@@ -227,7 +228,7 @@ def _plan_rows(config: MixConfig, directory: Path, corpus: Corpus, selected: Sel
 
 
 def _gather(
-    config: MixConfig, directory: Path, corpus: Corpus, split: str, dtype: np.dtype[Any], workers: int
+    config: MixConfig, directory: Path, corpus: Corpus, split: str, dtype: np.dtype[Any], executor: Executor
 ) -> Totals:
     num_rows, length = load_rows(directory / "rows" / split).num_rows, config.sequence.length
     per_shard = shards.rows_per_shard(num_rows, length, dtype.itemsize, config.shard_size)
@@ -235,7 +236,7 @@ def _gather(
     numbers = range(shards.num_shards(num_rows, per_shard))
     missing = [number for number in numbers if not shards.is_written(task, number)]
     with stage(f"{split} shards", len(missing)) as advance:
-        for _ in executor.run(shards.write_shard, ((task, number) for number in missing), workers):
+        for _ in executor.run(shards.write_shard, ((task, number) for number in missing)):
             advance(1)
     return shards.finish_split(task)
 
@@ -275,14 +276,14 @@ def _header(config: MixConfig, tokenizer: LoadedTokenizer, recipe: str, totals: 
     }
 
 
-def _run_report(started: str, clock: _Clock, workers: int, tokenizer: LoadedTokenizer, corpus: Corpus) -> str:
+def _run_report(started: str, clock: _Clock, executor: Executor, tokenizer: LoadedTokenizer, corpus: Corpus) -> str:
     """What neither the manifest nor the digest covers; of units, those of earlier runs too, where they were reused."""
     packages = ("numpy", "tokenizers", "fastokens", "pyarrow", "numba")
     metas = [corpus.open_unit(unit).meta for unit in range(len(corpus.units))]
     report = {
         "started": started,
         "seconds": clock.seconds,
-        "workers": workers,
+        "workers": executor.workers,
         "units_by_engine": Counter(meta.engine for meta in metas),
         "guard": {
             "documents_compared": sum(meta.compared for meta in metas),

@@ -24,6 +24,7 @@ from llmt_prep.cache_contents import (
     render_pruned,
 )
 from llmt_prep.config import MixConfig
+from llmt_prep.executor import HERE
 from llmt_prep.guard import distrust, inexact_engines
 from llmt_prep.ingest import tokenize_inputs
 from llmt_prep.inputs import find_inputs
@@ -49,8 +50,8 @@ def cache(mix: dict[str, Any]) -> Path:
 def fill(mix: MixConfig) -> None:
     cache = cache_of(mix)
     with in_use(cache):
-        inputs = find_inputs(mix, cache, 1, rehash=False, remember=True)
-        tokenize_inputs(mix, inputs, load_tokenizer(mix.tokenizer.path), cache, 1)
+        inputs = find_inputs(mix, cache, HERE, rehash=False, remember=True)
+        tokenize_inputs(mix, inputs, load_tokenizer(mix.tokenizer.path), cache, HERE)
 
 
 def total(cache: Path) -> int:

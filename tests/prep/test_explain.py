@@ -10,6 +10,7 @@ from llmt_prep import tokenization
 from llmt_prep.cache import cache_of, in_use, unit_folders
 from llmt_prep.cache_contents import prune
 from llmt_prep.config import MixConfig
+from llmt_prep.executor import HERE
 from llmt_prep.explain import CacheUse, render
 from llmt_prep.ingest import tokenize_inputs
 from llmt_prep.inputs import find_inputs
@@ -35,8 +36,8 @@ def build(mix: dict[str, Any]) -> None:
     """The part of packing that fills the cache."""
     config = MixConfig.model_validate(mix)
     with in_use(cache_of(config)):
-        inputs = find_inputs(config, cache_of(config), 1, rehash=False, remember=True)
-        tokenize_inputs(config, inputs, load_tokenizer(mix["tokenizer"]), cache_of(config), 1)
+        inputs = find_inputs(config, cache_of(config), HERE, rehash=False, remember=True)
+        tokenize_inputs(config, inputs, load_tokenizer(mix["tokenizer"]), cache_of(config), HERE)
 
 
 def explain(mix: dict[str, Any]) -> CacheUse:

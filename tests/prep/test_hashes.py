@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmt_prep import documents, hashes
+from llmt_prep.executor import HERE
 from llmt_prep.hashes import FileStat, Job, hash_file, hash_input, hash_inputs, read_index
 from llmt_prep.tokenization import hash_content
 from llmt_shared.errors import DataError, Stopped
@@ -48,7 +49,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def run(index: Path, *jobs: Job, rehash: bool = False) -> list[hashes.FileHashes]:
-    return hash_inputs(jobs, index, 1, rehash=rehash, remember=True)
+    return hash_inputs(jobs, index, HERE, rehash=rehash, remember=True)
 
 
 @given(st.lists(st.binary(max_size=12)), st.integers(1, 40), st.sampled_from(["a.jsonl", "a.txt", "a.jsonl.gz"]))

@@ -14,6 +14,7 @@ from llmt_prep.cache import origin_of
 from llmt_prep.config import MixConfig
 from llmt_prep.corpus import Corpus
 from llmt_prep.engines import Encoded, Engine
+from llmt_prep.executor import HERE, Executor
 from llmt_prep.guard import EngineDiffers, distrust
 from llmt_prep.ingest import tokenize_inputs
 from llmt_prep.inputs import find_inputs
@@ -26,8 +27,8 @@ from llmt_shared.errors import DataError, FormatError
 
 def tokenize(mix: dict[str, Any], cache: Path) -> Corpus:
     config = MixConfig.model_validate(mix)
-    inputs = find_inputs(config, cache, 1, rehash=False, remember=True)
-    return tokenize_inputs(config, inputs, load_tokenizer(mix["tokenizer"]), cache, 1)
+    inputs = find_inputs(config, cache, HERE, rehash=False, remember=True)
+    return tokenize_inputs(config, inputs, load_tokenizer(mix["tokenizer"]), cache, HERE)
 
 
 def test_a_file_that_changes_while_it_is_read_leaves_no_unit(
@@ -251,19 +252,16 @@ def test_a_unit_says_what_it_was_made_of(mix: dict[str, Any], tasks: list[Tokeni
 
 
 @pytest.mark.parametrize("workers", [1, 2, 20])
-def test_a_task_reads_ahead_what_its_worker_does_next(
-    mix: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
-) -> None:
+def test_a_task_reads_ahead_what_its_worker_does_next(mix: dict[str, Any], tmp_path: Path, workers: int) -> None:
     config, given = MixConfig.model_validate(mix | {"unit_size": 5000}), []
 
-    def run(function: Any, tasks: list[tuple[TokenizeTask]], workers: int) -> Any:
+    def run(function: Any, tasks: list[tuple[TokenizeTask]]) -> Any:
         given.extend(task for (task,) in tasks)
         return iter([])
 
-    inputs = find_inputs(config, tmp_path / "cache", 1, rehash=False, remember=True)
-    monkeypatch.setattr(ingest.executor, "run", run)
+    inputs = find_inputs(config, tmp_path / "cache", HERE, rehash=False, remember=True)
     with pytest.raises(FormatError):  # for want of units
-        tokenize_inputs(config, inputs, load_tokenizer(mix["tokenizer"]), tmp_path / "cache", workers)
+        tokenize_inputs(config, inputs, load_tokenizer(mix["tokenizer"]), tmp_path / "cache", Executor(workers, run))
     ranges = [(task.unit.path, task.unit.start, task.unit.stop) for task in given]
     assert len(ranges) > 20
     assert [task.ahead for task in given] == [*ranges[workers:], *[None] * workers]

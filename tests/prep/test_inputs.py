@@ -9,13 +9,14 @@ import pytest
 
 from llmt_prep.config import MixConfig
 from llmt_prep.documents import Reading, find_files
+from llmt_prep.executor import HERE
 from llmt_prep.inputs import HASHES, find_inputs
 from llmt_shared.errors import ConfigError
 
 
 def find(mix: dict[str, Any], cache: Path, path: object) -> list[str]:
     config = MixConfig.model_validate(mix | {"sources": {"a": {"path": str(path)}}})
-    found = find_inputs(config, cache, 1, rehash=False, remember=True)
+    found = find_inputs(config, cache, HERE, rehash=False, remember=True)
     return [os.path.relpath(file.path, cache.parent) for file in found.files]
 
 
@@ -61,7 +62,7 @@ def test_the_bytes_of_a_parquet_file_are_shared_among_its_units(mix: dict[str, A
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": [f"document {i}" for i in range(100)]}), path, row_group_size=15)
     config = MixConfig.model_validate(mix | {"sources": {"a": {"path": str(path)}}, "unit_size": 1})
-    units = find_inputs(config, tmp_path / "cache", 1, rehash=False, remember=False).units
+    units = find_inputs(config, tmp_path / "cache", HERE, rehash=False, remember=False).units
     assert len(units) == 7
     borders = [0, *(unit.span[1] for unit in units)]
     assert [unit.span[0] for unit in units] == borders[:-1]

@@ -13,8 +13,9 @@ import zarr
 from small_corpus import make_corpus
 from synthetic_chats import Chat, documents_of, landed, random_chats, write_chats
 
-from llmt_prep import arrays, executor, shards
+from llmt_prep import arrays, shards
 from llmt_prep import corpus as corpora
+from llmt_prep.executor import local
 from llmt_prep.kernels import gather as compiled
 from llmt_prep.rows import write_rows
 from llmt_prep.shards import SplitTask
@@ -314,7 +315,7 @@ def test_the_bytes_of_chats_do_not_depend_on_workers(tmp_path: Path, kind: str) 
     task, other = chat_task(tmp_path / "one", kind), chat_task(tmp_path / "other", kind)
     totals = build(task)
     numbers = range(shards.num_shards(totals.rows, PER_SHARD))
-    assert len(list(executor.run(shards.write_shard, ((other, number) for number in numbers), 2))) == len(numbers)
+    assert len(list(local(2).run(shards.write_shard, ((other, number) for number in numbers)))) == len(numbers)
     shards.finish_split(other)
     assert contents(other) == contents(task)
 

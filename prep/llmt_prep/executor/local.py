@@ -1,17 +1,4 @@
-"""Where tasks run: in worker processes of this machine, or in this very process with one worker.
-
-The contract of `run`, so that another executor (such as Ray) can stand in its place:
-
-- a function is importable by name; a task is a tuple of its arguments, small and picklable, that says which work to
-  do, like (plan, index), and holds none of the data;
-- a call reads and writes files that every worker reaches; they appear whole or not at all, and the same task again
-  makes the same files, so a task may run twice, anywhere, in any order;
-- it returns little: what is big goes into the files;
-- what calls share (a tokenizer, an open plan) the function caches itself, once in each process.
-
-Results come as tasks end and nothing may depend on that order. Tasks are taken from their iterable when a worker is
-free, so that memory does not grow with their number.
-"""
+"""Tasks in worker processes of this machine, or in this very process with one worker."""
 
 import multiprocessing
 import os
@@ -47,12 +34,12 @@ class _Worker(NamedTuple):
     """Tasks go out, (result, error) come back."""
 
 
-def run(function: Callable[..., Any], tasks: Iterable[Task], workers: int) -> Iterator[tuple[int, Any]]:
+def run_local(function: Callable[..., Any], tasks: Iterable[Task], workers: int) -> Iterator[tuple[int, Any]]:
     """Run ``function(*task)`` for every task; yields (index of the task, result).
 
     Args:
-        function: see the contract above.
-        tasks: see the contract above; any iterable.
+        function: see the contract of the room.
+        tasks: see the contract of the room; any iterable.
         workers: processes, of which no more start than there are tasks; 1 runs everything here.
 
     Raises:
