@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmt_shared.errors import FormatError
+from llmt_shared.order import RowOrder
 from llmt_shared.segments import ranges
 
 CODECS = [
@@ -46,6 +47,9 @@ class Chunks(Protocol):
 
     def will_need(self, path: Path, layout: Layout, places: Sequence[int]) -> None:
         """Elements at these places are read soon."""
+
+    def follow(self, split: Path, order: RowOrder, place: int) -> None:
+        """A run takes the rows of a split (its folder) in this order, and stands at this place."""
 
 
 class ChunkedArray:
@@ -158,6 +162,9 @@ class MappedChunks:
         for place in places:
             before = place * size % mmap.PAGESIZE
             memory.madvise(mmap.MADV_WILLNEED, place * size - before, size + before)
+
+    def follow(self, split: Path, order: RowOrder, place: int) -> None:
+        """Do nothing: all chunks are there."""
 
     def _map(self, path: Path, layout: Layout) -> _Mapped:
         try:

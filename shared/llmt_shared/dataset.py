@@ -19,6 +19,7 @@ from llmt_shared.chunks import ArrayFolder, ChunkedArray, Chunks, MappedChunks
 from llmt_shared.manifest import Manifest, TokenizerEntry, read_manifest, refuse_wrong_files, wrong_files
 from llmt_shared.mirror import Mirror, RangedChunks, mirrored
 from llmt_shared.objects import Location, ObjectPath, named_location
+from llmt_shared.order import RowOrder
 from llmt_shared.segments import Spans, expand
 
 _BLOCK = 1 << 20  # elements that are looked at together
@@ -112,6 +113,11 @@ class Split:
         return Row(tokens[0], dense.segment_ids, dense.position_ids, dense.cu_seqlens, dense.labels, table, spans)
 
     @property
+    def rows_per_shard(self) -> int:
+        """Rows of one chunk file of tokens."""
+        return self._tokens.chunk_shape[0]
+
+    @property
     def num_segments(self) -> int:
         """Segments of all rows."""
         return len(self._columns[0])
@@ -133,6 +139,16 @@ class Split:
     def will_need(self, rows: Sequence[int] | NDArray[np.integer]) -> None:
         """Begin to fetch the tokens of rows that are to be read soon."""
         self._tokens.will_need(rows)
+
+    def follow(self, order: RowOrder, place: int) -> None:
+        """Tell who keeps the chunks in which order rows are taken, and how far that is.
+
+        Args:
+            order: of a run.
+            place: of the next row; rows before it are not asked for again.
+        """
+        if self.arrays.chunks is not None:
+            self.arrays.chunks.follow(self.arrays.path, order, place)
 
     def row_segments(self, rows: Sequence[int] | NDArray[np.integer]) -> RowSegments:
         """Return what training needs of the segments of some rows, in the order of ``rows``."""

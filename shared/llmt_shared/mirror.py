@@ -16,6 +16,7 @@ from llmt_shared.chunks import Layout
 from llmt_shared.errors import FormatError
 from llmt_shared.manifest import FileEntry, Manifest, read_manifest, refuse_wrong_files, wrong_files
 from llmt_shared.objects import Location, ObjectPath
+from llmt_shared.order import RowOrder
 
 _TRIES = 4
 """At a file whose content is not the manifest's, before it is taken for damaged."""
@@ -93,6 +94,9 @@ class RangedChunks:
         return nullcontext(np.frombuffer(content, layout.dtype, math.prod(shape)).reshape(shape))
 
     def will_need(self, path: Path, layout: Layout, places: Sequence[int]) -> None:
+        """Do nothing."""
+
+    def follow(self, split: Path, order: RowOrder, place: int) -> None:
         """Do nothing."""
 
 

@@ -67,6 +67,7 @@ def test_the_order_never_changes():
 
 
 SMALL_ORDER = [2, 5, 7, 6, 4, 1, 0, 3]
+BLOCK_ORDER = [10, 5, 4, 3, 9, 11, 7, 8, 1, 0, 6, 2]
 LARGE_ORDER = [172284, 214378, 289441, 832659, 868808]
 KEY = 15020427595393229491
 
@@ -130,3 +131,67 @@ def test_shuffled_is_the_stable_order_of_mixed_numbers(seed, n, has_ties):
         patch.setattr(order, "key", lambda *parts: key)
         numbers = mix(np.arange(n, dtype=np.uint64) + np.uint64(key))
         assert order.shuffled(n, seed).tolist() == np.argsort(numbers, kind="stable").tolist()
+
+
+block_sizes = st.builds(order.Blocks, rows_per_shard=st.integers(1, 40), shards=st.integers(1, 9))
+
+
+@given(seeds, st.integers(0, 50), st.integers(1, 700), block_sizes)
+def test_an_epoch_in_blocks_is_a_permutation(seed, epoch, n, blocks):
+    assert sorted(order.rows(seed, epoch, 0, n, n, blocks).tolist()) == list(range(n))
+
+
+@given(seeds, st.integers(1, 700), block_sizes, st.data())
+def test_a_part_of_an_epoch_in_blocks_is_a_part_of_the_whole(seed, n, blocks, data):
+    first = data.draw(st.integers(0, n))
+    count = data.draw(st.integers(0, n - first))
+    whole = order.rows(seed, 1, 0, n, n, blocks)
+    assert np.array_equal(order.rows(seed, 1, first, count, n, blocks), whole[first : first + count])
+
+
+@given(seeds, st.integers(1, 700), block_sizes)
+def test_a_block_holds_all_rows_of_its_shards_and_no_others(seed, n, blocks):
+    whole, place, seen = order.rows(seed, 2, 0, n, n, blocks), 0, []
+    while place < n:
+        block = order.block_at(seed, 2, place, n, blocks)
+        assert block.first == place
+        assert len(block.shards) == min(blocks.shards, blocks.num_shards(n) - len(seen))
+        wanted = [row for row in range(n) if row // blocks.rows_per_shard in set(block.shards.tolist())]
+        assert sorted(whole[block.first : block.stop].tolist()) == wanted
+        place = block.stop
+        seen += block.shards.tolist()
+    assert sorted(seen) == list(range(blocks.num_shards(n)))
+
+
+@given(seeds, st.integers(1, 300), st.integers(1, 40))
+def test_one_block_of_all_shards_is_the_order_without_blocks(seed, n, rows_per_shard):
+    blocks = order.Blocks(rows_per_shard, -(-n // rows_per_shard))
+    assert np.array_equal(order.rows(seed, 0, 0, n, n, blocks), order.rows(seed, 0, 0, n, n))
+
+
+@given(seeds, st.integers(1, 40), st.integers(0, 200), st.integers(0, 100), block_sizes)
+def test_endless_rows_in_blocks_are_the_epochs_one_after_another(seed, n, first, count, blocks):
+    epochs = range((first + count) // n + 1)
+    endless = np.concatenate([order.rows(seed, epoch, 0, n, n, blocks) for epoch in epochs])
+    assert np.array_equal(order.endless_rows(seed, first, count, n, blocks), endless[first : first + count])
+
+
+def test_shards_rows_and_epochs_in_blocks_have_their_own_orders():
+    blocks, n = order.Blocks(50, 2), 1000
+    firsts = [order.block_at(seed, epoch, 0, n, blocks).shards.tolist() for seed in range(6) for epoch in range(6)]
+    assert len(set(map(tuple, firsts))) > 30
+    one = order.block_at(0, 0, 0, n, blocks)
+    inside = [order.rows(0, 0, place, 100, n, blocks) % 50 for place in (0, 100)]
+    assert not np.array_equal(*inside)
+    assert one.stop == 100
+
+
+def test_blocks_of_a_trillion_rows_need_no_table_of_rows():
+    blocks, n = order.Blocks(1 << 20, 16), 10**12
+    places = order.rows(1, 0, n - 5, 5, n, blocks)
+    assert len(set(places.tolist())) == 5
+    assert ((places >= 0) & (places < n)).all()
+
+
+def test_the_order_in_blocks_does_not_change_between_versions():
+    assert order.rows(42, 0, 0, 12, 12, order.Blocks(3, 2)).tolist() == BLOCK_ORDER

@@ -36,6 +36,9 @@ class TrainConfig(StrictModel):
     """Optimizer steps; excludes `epochs`."""
     seed: Annotated[int, Ge(0), Lt(1 << 53)] = 42
     """Decides the order of rows, fresh weights and dropout."""
+    shuffle_shards: PositiveInt = 16
+    """Shards of tokens whose rows are shuffled together, an epoch's shards being permuted before. The order is the same
+    wherever the data lies; of data below a URL, the cache must hold so many shards."""
     deterministic: bool = False
     """On a GPU: only kernels that give the same bits on every run, which are slower. On a CPU they always do."""
     checkpointing: Checkpointing = CheckpointingConfig()

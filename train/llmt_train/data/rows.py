@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from llmt_shared.dataset import PairTable, RowSegments, SegmentTable
 from llmt_shared.manifest import TokenizerEntry
 from llmt_shared.objects import Location
+from llmt_shared.order import RowOrder
 from llmt_shared.segments import Spans
 
 Numbers = Sequence[int] | NDArray[np.integer]
@@ -24,6 +25,10 @@ class AnySplit(Protocol):
     num_rows: int
     length: int
     """L: tokens of a row."""
+
+    @property
+    def rows_per_shard(self) -> int:
+        """Rows of one file of tokens; 0 where there are no files."""
 
     def tokens(self, rows: Numbers) -> NDArray[Any]:
         """[R, L]."""
@@ -45,6 +50,9 @@ class AnySplit(Protocol):
 
     def pairs(self, rows: Numbers) -> PairTable | None:
         """``None`` where there are none."""
+
+    def follow(self, order: RowOrder, place: int) -> None:
+        """A run takes rows in this order, and stands at this place: what comes next may be fetched."""
 
     def longest_segment(self) -> int:
         """No segment has more tokens."""

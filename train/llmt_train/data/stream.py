@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmt_shared.errors import ConfigError, DataError
-from llmt_shared.order import endless_rows
+from llmt_shared.order import Blocks, endless_rows
 from llmt_shared.segments import Pieces, count_targets, lay_out
 from llmt_train.config import BatchConfig, TrainConfig
 from llmt_train.data.batch import PackedBatch, assemble, collate
@@ -65,6 +65,12 @@ class Plan(NamedTuple):
     seed: int
     ranks: int = 1
     """Over which the micro-batches are dealt out."""
+    blocks: Blocks | None = None
+    """Of rows that are shuffled together; ``None``: all."""
+
+    def rows(self, first: int, count: int) -> NDArray[np.int64]:
+        """Return rows in the order in which the run takes them, from the ``first`` on."""
+        return endless_rows(self.seed, first, count, self.num_rows, self.blocks)
 
 
 def plan_run(split: AnySplit, batch: BatchConfig, train: TrainConfig, ranks: int = 1) -> Plan:
@@ -106,6 +112,7 @@ def plan_run(split: AnySplit, batch: BatchConfig, train: TrainConfig, ranks: int
         total_steps=-(-total_rows // rows_per_step),
         seed=train.seed,
         ranks=ranks,
+        blocks=Blocks(split.rows_per_shard, train.shuffle_shards) if split.rows_per_shard else None,
     )
 
 
@@ -129,7 +136,7 @@ def rows_consumed(plan: Plan, step: int) -> int:
 def rows_of_step(plan: Plan, step: int) -> NDArray[np.int64]:
     """Return the rows of one step (0, 1, ..), in the order of its micro-batches."""
     first = rows_consumed(plan, step)
-    return endless_rows(plan.seed, first, rows_consumed(plan, step + 1) - first, plan.num_rows)
+    return plan.rows(first, rows_consumed(plan, step + 1) - first)
 
 
 def train_batches(
@@ -137,9 +144,12 @@ def train_batches(
 ) -> Iterator[PackedBatch]:
     """Yield a rank's micro-batches of the steps from ``first_step`` to the run's last: ``accumulation`` for each."""
     dealt = partial(_dealt, micro_rows=plan.micro_rows, rank=rank, ranks=plan.ranks)
+    split.follow(plan, rows_consumed(plan, first_step))
     steps = read_ahead(split, _rows_by_step(plan, first_step), dealt)
     for step, rows in enumerate(steps, first_step):
-        denominators, first = count(split, rows), rows_consumed(plan, step)
+        first = rows_consumed(plan, step)
+        split.follow(plan, first)
+        denominators = count(split, rows)
         pieces = _pieces(split, dealt(rows)).parts(plan.micro_rows)
         for start in plan.micro_rows * np.arange(rank, plan.accumulation * plan.ranks, plan.ranks):
             part = rows[start : start + plan.micro_rows]
@@ -157,7 +167,7 @@ def _rows_by_step(plan: Plan, first_step: int) -> Iterator[NDArray[np.int64]]:
     many = max(1, _ORDERED_AT_ONCE // plan.rows_per_step)
     for step in range(first_step, plan.total_steps, many):
         first, stop = rows_consumed(plan, step), rows_consumed(plan, step + many)
-        rows = endless_rows(plan.seed, first, stop - first, plan.num_rows)
+        rows = plan.rows(first, stop - first)
         yield from np.split(rows, range(plan.rows_per_step, len(rows), plan.rows_per_step))
 
 

@@ -19,7 +19,7 @@ from llmt_shared.dataset import PairTable, RowSegments, SegmentTable
 from llmt_shared.errors import ConfigError
 from llmt_shared.manifest import TokenizerEntry
 from llmt_shared.objects import Location
-from llmt_shared.order import key, mix
+from llmt_shared.order import RowOrder, key, mix
 from llmt_shared.segments import Spans, count_targets
 from llmt_train.config import SyntheticConfig
 from llmt_train.data.rows import Numbers
@@ -93,6 +93,7 @@ class SyntheticSplit:
         self.path: Location = Path("synthetic") / name
         self.length = settings.length
         self.num_rows = settings.rows if name == "train" else settings.held_out
+        self.rows_per_shard = 0
         self._kind = kind
         self._sides = _sides(kind)
         self._share = settings.targets
@@ -158,6 +159,9 @@ class SyntheticSplit:
         numbers = segments + np.repeat(before, per_row)
         chosen = [self._targets(self._lengths(int(row))[::2]).sum() for row in rows]
         return PairTable(per_row // 2, segments.reshape(-1, 2), numbers.reshape(-1, 2), np.array(chosen, np.uint32))
+
+    def follow(self, order: RowOrder, place: int) -> None:
+        """Do nothing: rows are drawn when they are read."""
 
     def longest_segment(self) -> int:
         """Return the tokens of the longest segment that may be drawn."""
