@@ -6,7 +6,7 @@ Chunks hold raw little-endian C-order data and a 4-byte CRC-32C (FORMAT.md), so 
 import json
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -48,8 +48,11 @@ class Chunks(Protocol):
     def will_need(self, path: Path, layout: Layout, places: Sequence[int]) -> None:
         """Elements at these places are read soon."""
 
-    def follow(self, split: Path, order: RowOrder, place: int) -> None:
-        """A run takes the rows of a split (its folder) in this order, and stands at this place."""
+    def follow(self, split: Path, order: RowOrder | None) -> AbstractContextManager[Callable[[int], None]]:
+        """While the block runs, rows of a split (its folder) are taken in an order; ``None``: from first to last.
+
+        What it gives is told the place of the next row, each time that it is another.
+        """
 
 
 class ChunkedArray:
@@ -163,8 +166,9 @@ class MappedChunks:
             before = place * size % mmap.PAGESIZE
             memory.madvise(mmap.MADV_WILLNEED, place * size - before, size + before)
 
-    def follow(self, split: Path, order: RowOrder, place: int) -> None:
+    def follow(self, split: Path, order: RowOrder | None) -> AbstractContextManager[Callable[[int], None]]:
         """Do nothing: all chunks are there."""
+        return nullcontext(lambda place: None)
 
     def _map(self, path: Path, layout: Layout) -> _Mapped:
         try:

@@ -18,7 +18,10 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     ModelWrapValidatorHandler,
+    PlainSerializer,
+    PlainValidator,
     ValidationError,
+    WithJsonSchema,
     model_validator,
 )
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
@@ -28,6 +31,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from llmt_shared.errors import ConfigError
 from llmt_shared.mistakes import CONFLICT, describe, short
+from llmt_shared.objects import Location, ObjectPath, location_of
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -204,6 +208,23 @@ def _parse_quantity(value: object, units: Mapping[str, int], example: str) -> in
 
 UserPath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
 """A path as users write it: `~` is their home; relative to the working directory."""
+
+
+def _location(value: object) -> Location:
+    if isinstance(value, Path | ObjectPath):
+        return value
+    if not isinstance(value, str):
+        raise ValueError(f"found {short(value)}; wanted a path or a URL, such as s3://bucket/name")
+    return location_of(value)
+
+
+UserLocation = Annotated[
+    Location,
+    PlainValidator(_location),
+    PlainSerializer(str, when_used="json"),
+    WithJsonSchema({"type": "string"}),
+]
+"""A path as users write it, or a URL such as s3://bucket/name."""
 
 
 def parse_count(value: object) -> int:

@@ -6,7 +6,8 @@ what `llmt-prep verify` checks.
 """
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -140,15 +141,18 @@ class Split:
         """Begin to fetch the tokens of rows that are to be read soon."""
         self._tokens.will_need(rows)
 
-    def follow(self, order: RowOrder, place: int) -> None:
-        """Tell who keeps the chunks in which order rows are taken, and how far that is.
+    def follow(self, order: RowOrder | None) -> AbstractContextManager[Callable[[int], None]]:
+        """Have what comes fetched ahead while the block runs, where rows are not on this machine.
 
         Args:
-            order: of a run.
-            place: of the next row; rows before it are not asked for again.
+            order: in which rows are taken; ``None``: from the first to the last.
+
+        Returns:
+            What it gives is told the place of the next row in the order; rows before it are not asked for again.
         """
-        if self.arrays.chunks is not None:
-            self.arrays.chunks.follow(self.arrays.path, order, place)
+        if self.arrays.chunks is None:
+            return nullcontext(lambda place: None)
+        return self.arrays.chunks.follow(self.arrays.path, order)
 
     def row_segments(self, rows: Sequence[int] | NDArray[np.integer]) -> RowSegments:
         """Return what training needs of the segments of some rows, in the order of ``rows``."""

@@ -331,7 +331,7 @@ def _reason(error: Exception) -> str:
     """The part of obstore's many lines that says what happened."""
     text = str(error).partition("\n\nDebug source")[0].strip()
     code = re.search(r"<Code>(.*?)</Code>", text)
-    first = (text.splitlines() or [type(error).__name__])[0].partition(": <?xml")[0].partition(": <!doctype")[0]
+    first = re.sub(r": <.*", "", (text.splitlines() or [type(error).__name__])[0])  # the body of the answer
     return f"{first} ({code[1]})" if code and code[1] not in first else first
 
 

@@ -16,12 +16,22 @@ SOURCES = ("web", "code")
 
 
 def write_dataset(
-    path: Path, *, length: int = 16, num_rows: int = 24, validation_rows: int = 4, seed: int = 0, words: int = WORDS
+    path: Path,
+    *,
+    length: int = 16,
+    num_rows: int = 24,
+    validation_rows: int = 4,
+    seed: int = 0,
+    words: int = WORDS,
+    rows_per_shard: int | None = None,
 ) -> Path:
-    """Rows of random segments over two sources; token k is the word ``wk``, the last one is ``</s>``."""
+    """Rows of random segments over two sources; token k is the word ``wk``, the last one is ``</s>``.
+
+    ``rows_per_shard`` cuts all arrays: those of rows into chunks of twice as many, those of segments of 4 times.
+    """
     tokenizer = write_tokenizer(path / "tokenizer", words)
     random = np.random.default_rng(seed)
-    splits = {"train": _write_split(path / "train", random, num_rows, length, words)}
+    splits = {"train": _write_split(path / "train", random, num_rows, length, words, rows_per_shard)}
     if validation_rows:
         splits["validation"] = _write_split(path / "validation", random, validation_rows, length, words)
     names = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
@@ -45,7 +55,9 @@ def write_tokenizer(path: Path, words: int = WORDS) -> TokenizerEntry:
     return TokenizerEntry(digest="none", vocab_size=words, max_id=words - 1, bos_id=None, eos_id=words - 1, pad_id=None)
 
 
-def _write_split(path: Path, random: np.random.Generator, num_rows: int, length: int, words: int) -> SplitEntry:
+def _write_split(
+    path: Path, random: np.random.Generator, num_rows: int, length: int, words: int, per_chunk: int | None = None
+) -> SplitEntry:
     tokens = np.zeros((num_rows, length), np.uint16)
     lengths: list[int] = []
     offsets, targets = [0], []
@@ -57,13 +69,17 @@ def _write_split(path: Path, random: np.random.Generator, num_rows: int, length:
         offsets.append(len(lengths))
         targets.append(sum(size - 1 for size in sizes))
     number = np.arange(len(lengths))
-    _write(path / "tokens", tokens)
-    _write(path / "row_offsets", np.array(offsets, np.int64))
-    _write(path / "row_targets", np.array(targets, np.uint32))
-    _write(path / "segment_length", np.array(lengths, np.uint32))
-    _write(path / "segment_offset", np.zeros(len(lengths), np.uint32))
-    _write(path / "segment_document", number.astype(np.uint64))
-    _write(path / "segment_source", (number % len(SOURCES)).astype(np.uint16))
+    by_row = {"tokens": tokens, "row_offsets": np.array(offsets, np.int64), "row_targets": np.array(targets, np.uint32)}
+    by_segment = {
+        "length": np.array(lengths, np.uint32),
+        "offset": np.zeros(len(lengths), np.uint32),
+        "document": number.astype(np.uint64),
+        "source": (number % len(SOURCES)).astype(np.uint16),
+    }
+    for name, array in by_row.items():
+        _write(path / name, array, len(array) if per_chunk is None else per_chunk * (1 if name == "tokens" else 2))
+    for name, array in by_segment.items():
+        _write(path / f"segment_{name}", array, len(array) if per_chunk is None else 4 * per_chunk)
     return SplitEntry(rows=num_rows, segments=len(lengths), tokens=sum(lengths), targets=sum(targets))
 
 
@@ -74,18 +90,22 @@ def _cut(random: np.random.Generator, length: int) -> list[int]:
     return sizes
 
 
-def _write(path: Path, array: NDArray) -> None:
-    """One chunk: the raw array and four bytes of a checksum, which only `llmt-prep verify` reads."""
-    chunk = path / "c" / "/".join(["0"] * array.ndim)
-    chunk.parent.mkdir(parents=True)
-    chunk.write_bytes(array.tobytes() + bytes(4))
-    (path / "zarr.json").write_text(json.dumps(_metadata(array.shape, array.dtype.name)))
+def _write(path: Path, array: NDArray, per_chunk: int) -> None:
+    """Chunks: the raw array, the last one padded, and four bytes of a checksum, which only `llmt-prep verify` reads."""
+    for number, start in enumerate(range(0, len(array), per_chunk)):
+        chunk = path / "c" / "/".join([str(number), *["0"] * (array.ndim - 1)])
+        chunk.parent.mkdir(parents=True, exist_ok=True)
+        part = np.zeros((per_chunk, *array.shape[1:]), array.dtype)
+        part[: len(array) - start] = array[start : start + per_chunk]
+        chunk.write_bytes(part.tobytes() + bytes(4))
+    chunk_shape = (per_chunk, *array.shape[1:])
+    (path / "zarr.json").write_text(json.dumps(_metadata(array.shape, chunk_shape, array.dtype.name)))
 
 
-def _metadata(shape: Sequence[int], data_type: str) -> dict:
+def _metadata(shape: Sequence[int], chunk_shape: Sequence[int], data_type: str) -> dict:
     return {
         "zarr_format": 3, "node_type": "array", "shape": list(shape), "data_type": data_type,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(shape)}},
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk_shape)}},
         "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
     }  # fmt: skip
 

@@ -3,12 +3,14 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from llmt_shared.dataset import Dataset, open_dataset
 from llmt_shared.errors import ConfigError
+from llmt_shared.objects import Location
 from llmt_shared.progress import say
 from llmt_train.attention import Machine, machine_of
 from llmt_train.check.preflight import Preflight, adapt_skeleton, check_attention, compare_tokens, raise_problems
@@ -174,10 +176,18 @@ def open_rows(config: RunConfig, model: str | FromConfig | None = None) -> AnyDa
 
 def _rows(config: RunConfig, model: str | FromConfig) -> AnyDataset:
     if not isinstance(config.data, FromSynthetic):
-        return open_dataset(config.data)
+        return _stored_rows(config, config.data)
     settings = config.data.synthetic
     spec = model if isinstance(model, str) else model.model_dump()
     return open_synthetic(settings, KINDS[config.task], settings.vocab_size or vocab_size(spec))
+
+
+def _stored_rows(config: RunConfig, data: Location) -> Dataset:
+    if isinstance(data, Path):
+        return open_dataset(data)
+    from llmt_train.cache.open import open_cached  # data on a disk needs none of it
+
+    return open_cached(data, config.cache, config.train.shuffle_shards)
 
 
 def _check_kind(config: RunConfig, dataset: AnyDataset) -> None:

@@ -9,7 +9,20 @@ from llmt_shared.errors import ConfigError
 from llmt_train.checkpoints.folders import MODEL_CONFIG, State, read_config, read_json, read_state
 
 _MAY_CHANGE = (
-    *("output", "data", "eval", "save", "log", "wandb", "mlflow", "sample", "precision", "attention", "parallel"),
+    *(
+        "output",
+        "data",
+        "cache",
+        "eval",
+        "save",
+        "log",
+        "wandb",
+        "mlflow",
+        "sample",
+        "precision",
+        "attention",
+        "parallel",
+    ),
     *("batch.micro_rows", "optim.clip", "train.checkpointing", "train.compile", "train.liger"),
 )
 _MAY_GROW = ("train.steps", "train.epochs")

@@ -1,6 +1,6 @@
 """What run.yaml may say. Every key is data: a number, a name or a path; nothing here names a class or runs code."""
 
-from llmt_train.config.data import FromSynthetic, SyntheticConfig
+from llmt_train.config.data import CacheConfig, FromSynthetic, SyntheticConfig
 from llmt_train.config.log import MlflowConfig, SampleConfig, WandbConfig
 from llmt_train.config.model import CheckpointingConfig, FromConfig, LoraConfig
 from llmt_train.config.objective import ClmConfig, DpoConfig, OrpoConfig
@@ -12,6 +12,7 @@ __all__ = [
     "AdafactorConfig",
     "AdamwConfig",
     "BatchConfig",
+    "CacheConfig",
     "CheckpointingConfig",
     "ClmConfig",
     "DpoConfig",

@@ -1,12 +1,14 @@
 """Where the rows come from: a dataset on disk, or thin air."""
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import ConfigDict, Discriminator, Tag
+from pydantic import ConfigDict, Discriminator, Field, Tag
 
-from llmt_shared.config import Count, PositiveInt, StrictModel, UserPath
+from llmt_shared.config import Bytes, Count, PositiveInt, StrictModel, UserLocation, UserPath
 
 
 class SyntheticConfig(StrictModel):
@@ -44,7 +46,20 @@ def _kind(value: Any) -> str:
 
 
 Data = Annotated[
-    Annotated[UserPath, Tag("path")] | Annotated[FromSynthetic, Tag("synthetic")],
+    Annotated[UserLocation, Tag("path")] | Annotated[FromSynthetic, Tag("synthetic")],
     Discriminator(_kind),
 ]
-"""The `output` of `llmt-prep pack`, or `{synthetic: {length: 4096}}`."""
+"""The `output` of `llmt-prep pack`, a folder or URL, or `{synthetic: {length: 4096}}`."""
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llmt"
+
+
+class CacheConfig(StrictModel):
+    """Where data below a URL is kept on this machine; the processes of a machine share it, also those of other runs."""
+
+    path: UserPath = Field(default_factory=_cache_folder)
+    """Folder on a fast disk of this machine; by default ~/.cache/llmt."""
+    size: Annotated[Bytes, Gt(0)] = 64_000_000_000
+    """Bytes that the folder never exceeds. It must hold the shards of `train.shuffle_shards`, better twice."""

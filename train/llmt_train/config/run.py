@@ -8,7 +8,8 @@ from annotated_types import Ge, Gt, Lt
 from pydantic import ConfigDict, ValidationError
 
 from llmt_shared.config import Count, PositiveInt, StrictModel, UserPath
-from llmt_train.config.data import Data, FromSynthetic
+from llmt_shared.objects import is_url
+from llmt_train.config.data import CacheConfig, Data, FromSynthetic
 from llmt_train.config.log import Logger, MlflowConfig, SampleConfig, WandbConfig
 from llmt_train.config.model import Checkpointing, CheckpointingConfig, LoraConfig, Model, Pattern
 from llmt_train.config.objective import ClmConfig, DpoConfig, OrpoConfig
@@ -105,7 +106,10 @@ class RunConfig(StrictModel):
     model: Model
     """Hugging Face folder or hub id, or `{from_config: {model_type: ..., ...}}` for fresh weights."""
     data: Data
-    """Dataset: the `output` of `llmt-prep pack`; or `{synthetic: {length: 4096}}` to try out speed and memory."""
+    """Dataset: the `output` of `llmt-prep pack`, a folder or URL; or `{synthetic: {length: 4096}}` to try out speed
+    and memory."""
+    cache: CacheConfig = CacheConfig()
+    """Of data below a URL."""
     output: UserPath
     """Folder of this run: checkpoints, metrics.jsonl, run.log, tokenizer. Running again resumes from here."""
     batch: BatchConfig
@@ -144,7 +148,7 @@ class RunConfig(StrictModel):
         yield from _of_other_loggers(given)
         yield from _between_sections(given)
         data, output = given.get("data"), given.get("output")
-        if isinstance(data, str | Path) and isinstance(output, str | Path):
+        if isinstance(data, str | Path) and isinstance(output, str | Path) and not is_url(str(data)):
             dataset, run = Path(data).resolve(), Path(output).resolve()
             if run == dataset or dataset in run.parents:
                 yield f"output {output} lies in the dataset {data}; wanted a folder of its own"

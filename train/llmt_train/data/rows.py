@@ -1,6 +1,7 @@
 """What training asks of the rows that it reads: those of a dataset on disk answer it, and so do synthetic ones."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,8 +52,8 @@ class AnySplit(Protocol):
     def pairs(self, rows: Numbers) -> PairTable | None:
         """``None`` where there are none."""
 
-    def follow(self, order: RowOrder, place: int) -> None:
-        """A run takes rows in this order, and stands at this place: what comes next may be fetched."""
+    def follow(self, order: RowOrder | None) -> AbstractContextManager[Callable[[int], None]]:
+        """While the block runs, rows are taken in this order; what it gives is told the place of the next."""
 
     def longest_segment(self) -> int:
         """No segment has more tokens."""

@@ -144,16 +144,17 @@ def train_batches(
 ) -> Iterator[PackedBatch]:
     """Yield a rank's micro-batches of the steps from ``first_step`` to the run's last: ``accumulation`` for each."""
     dealt = partial(_dealt, micro_rows=plan.micro_rows, rank=rank, ranks=plan.ranks)
-    split.follow(plan, rows_consumed(plan, first_step))
-    steps = read_ahead(split, _rows_by_step(plan, first_step), dealt)
-    for step, rows in enumerate(steps, first_step):
-        first = rows_consumed(plan, step)
-        split.follow(plan, first)
-        denominators = count(split, rows)
-        pieces = _pieces(split, dealt(rows)).parts(plan.micro_rows)
-        for start in plan.micro_rows * np.arange(rank, plan.accumulation * plan.ranks, plan.ranks):
-            part = rows[start : start + plan.micro_rows]
-            yield read_batch(split, part, denominators, pairing, first + int(start), next(pieces, None))
+    with split.follow(plan) as reached:
+        reached(rows_consumed(plan, first_step))
+        steps = read_ahead(split, _rows_by_step(plan, first_step), dealt)
+        for step, rows in enumerate(steps, first_step):
+            first = rows_consumed(plan, step)
+            reached(first)
+            denominators = count(split, rows)
+            pieces = _pieces(split, dealt(rows)).parts(plan.micro_rows)
+            for start in plan.micro_rows * np.arange(rank, plan.accumulation * plan.ranks, plan.ranks):
+                part = rows[start : start + plan.micro_rows]
+                yield read_batch(split, part, denominators, pairing, first + int(start), next(pieces, None))
 
 
 def _dealt(rows: NDArray[np.int64], micro_rows: int, rank: int, ranks: int) -> NDArray[np.int64]:
@@ -181,8 +182,9 @@ def eval_batches(
     together = range(0, split.num_rows, ranks * micro_rows)
     borders = (first + rank * micro_rows for first in together)
     parts = (np.arange(first, min(first + micro_rows, split.num_rows)) for first in borders)
-    for rows in read_ahead(split, parts):
-        yield read_batch(split, rows, {}, pairing)
+    with split.follow(None):
+        for rows in read_ahead(split, parts):
+            yield read_batch(split, rows, {}, pairing)
 
 
 def read_ahead(

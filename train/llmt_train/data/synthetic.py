@@ -7,6 +7,8 @@ A chat, and each side of a pair, is a prompt and an answer: one span of targets,
 
 import hashlib
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -160,8 +162,9 @@ class SyntheticSplit:
         chosen = [self._targets(self._lengths(int(row))[::2]).sum() for row in rows]
         return PairTable(per_row // 2, segments.reshape(-1, 2), numbers.reshape(-1, 2), np.array(chosen, np.uint32))
 
-    def follow(self, order: RowOrder, place: int) -> None:
+    def follow(self, order: RowOrder | None) -> AbstractContextManager[Callable[[int], None]]:
         """Do nothing: rows are drawn when they are read."""
+        return nullcontext(lambda place: None)
 
     def longest_segment(self) -> int:
         """Return the tokens of the longest segment that may be drawn."""

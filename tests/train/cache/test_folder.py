@@ -1,0 +1,210 @@
+"""Whatever processes do with a cache, it never holds more than its limit, and a file that is there is whole."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import BinaryIO
+from unittest.mock import patch
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmt_shared.errors import ConfigError
+from llmt_train.cache.distance import Following
+from llmt_train.cache.folder import CacheFolder, Outcome
+
+SIZE = 1000
+
+
+def fill(file: BinaryIO) -> None:
+    file.write(b"x" * SIZE)
+
+
+def shard(folder: CacheFolder, number: int) -> Path:
+    return folder.path / "data" / "train" / "tokens" / "c" / str(number) / "0"
+
+
+def held(folder: CacheFolder) -> set[int]:
+    return {int(path.parent.name) for path in (folder.path / "data").rglob("0") if path.is_file()}
+
+
+def in_all(folder: CacheFolder) -> int:
+    return sum(path.stat().st_size for path in folder.path.rglob("*") if path.is_file() and path.parent != folder.path
+               and path.parent.name != "readers")  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> CacheFolder:
+    """Room for three shards; a run that takes shards 0, 1, 2, .. stands at shard 1."""
+    return CacheFolder(tmp_path / "cache", 3 * SIZE)
+
+
+class Order:
+    """One shard in a block, so that the order of shards is known."""
+
+    def __init__(self, folder: CacheFolder, num_shards: int = 9) -> None:
+        self.run = Following(3, num_shards, 10**9, 1, 1, 0)
+        self.reader = folder.join("data")
+        self.reader.tell(self.run)
+
+    def shards(self, count: int) -> list[int]:
+        from llmt_shared.order import endless_rows
+
+        return endless_rows(3, 0, count, self.run.num_rows, self.run.blocks).tolist()
+
+
+def test_a_file_is_fetched_once_and_then_there(folder):
+    calls: list[BinaryIO] = []
+
+    def write(file: BinaryIO) -> None:
+        calls.append(file)
+        fill(file)
+
+    for _ in range(3):
+        assert folder.fetch(shard(folder, 0), SIZE, write, -1) is Outcome.THERE
+    assert len(calls) == 1
+    assert shard(folder, 0).read_bytes() == b"x" * SIZE
+
+
+def test_the_room_is_taken_before_the_bytes_come(folder):
+    seen = []
+
+    def write(file: BinaryIO) -> None:
+        seen.append(os.fstat(file.fileno()).st_size)
+        fill(file)
+
+    folder.fetch(shard(folder, 0), SIZE, write, -1)
+    assert seen == [SIZE]
+
+
+def test_what_is_used_last_goes_first(folder):
+    order = Order(folder)
+    first, second, third, fourth = order.shards(4)
+    for number in (fourth, first, second, third):
+        assert folder.fetch(shard(folder, number), SIZE, fill, -1) is Outcome.THERE
+    assert held(folder) == {first, second, third}
+    order.reader.close()
+
+
+def test_nothing_goes_for_what_is_used_later(folder):
+    order = Order(folder)
+    *soon, later = order.shards(4)
+    for number in soon:
+        folder.fetch(shard(folder, number), SIZE, fill, -1)
+    assert folder.fetch(shard(folder, later), SIZE, fill, 3.0) is Outcome.FULL
+    assert held(folder) == set(soon)
+    order.reader.close()
+
+
+def test_a_file_is_needed_when_any_reader_needs_it(folder):
+    ahead, behind = Order(folder), Order(folder)
+    first, *others = ahead.shards(4)
+    ahead.reader.tell(ahead.run._replace(place=1))
+    for number in (first, *others[:2]):
+        folder.fetch(shard(folder, number), SIZE, fill, -1)
+    assert folder.fetch(shard(folder, others[2]), SIZE, fill, 2.0) is Outcome.FULL
+    behind.reader.tell(ahead.run._replace(place=1))
+    assert folder.fetch(shard(folder, others[2]), SIZE, fill, 2.0) is Outcome.THERE
+    assert first not in held(folder)
+    ahead.reader.close()
+    behind.reader.close()
+
+
+def test_a_file_that_is_read_stays(folder):
+    for number in range(3):
+        folder.fetch(shard(folder, number), SIZE, fill, -1)
+    descriptors = [folder.hold(shard(folder, number)) for number in range(3)]
+    assert folder.fetch(shard(folder, 3), SIZE, fill, -1) is Outcome.FULL
+    os.close(descriptors[1])
+    assert folder.fetch(shard(folder, 3), SIZE, fill, -1) is Outcome.THERE
+    assert held(folder) == {0, 2, 3}
+    for descriptor in (descriptors[0], descriptors[2]):
+        os.close(descriptor)
+
+
+def test_what_fails_leaves_nothing(folder):
+    def fail(file: BinaryIO) -> None:
+        file.write(b"half")
+        raise ValueError("on the way")
+
+    with pytest.raises(ValueError, match="on the way"):
+        folder.fetch(shard(folder, 0), SIZE, fail, -1)
+    assert in_all(folder) == 0
+
+
+def _hang(path: Path, limit: int, number: int) -> None:
+    folder = CacheFolder(path, limit)
+    folder.fetch(shard(folder, number), SIZE, lambda part: time.sleep(60), -1)
+
+
+def killed_while_fetching(folder: CacheFolder, number: int) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=_hang, args=(folder.path, folder.limit, number))
+    process.start()
+    part = Path(f"{shard(folder, number)}.part")
+    while not (part.exists() and part.stat().st_size == SIZE):
+        time.sleep(0.01)
+    assert folder.fetch(shard(folder, number), SIZE, fill, -1) is Outcome.BUSY
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+
+
+def test_what_a_killed_process_was_fetching_is_fetched_by_the_next(folder):
+    killed_while_fetching(folder, 0)
+    folder.wait_for(shard(folder, 0))
+    assert folder.fetch(shard(folder, 0), SIZE, fill, -1) is Outcome.THERE
+    assert in_all(folder) == SIZE
+
+
+def test_what_a_killed_process_was_fetching_makes_room(folder):
+    order = Order(folder)
+    killed_while_fetching(folder, 8)
+    for number in order.shards(3):
+        folder.fetch(shard(folder, number), SIZE, fill, 0.0)
+    assert held(folder) == set(order.shards(3))
+    order.reader.close()
+
+
+@given(wishes=st.lists(st.tuples(st.integers(0, 8), st.sampled_from([-1.0, 0.0, 2.0, 5.0])), max_size=30))
+def test_the_limit_holds_and_each_file_comes_once_per_stay_for_any_wishes_of_many_threads(tmp_path_factory, wishes):
+    folder = CacheFolder(tmp_path_factory.mktemp("cache"), int(3.5 * SIZE))
+    order = Order(folder)
+    most = [0]
+    came, went, unlink = Counter[Path](), Counter[Path](), Path.unlink
+
+    def wish(mine: list[tuple[int, float]]) -> None:
+        for number, distance in mine:
+            path = shard(folder, number)
+
+            def write(file: BinaryIO, path: Path = path) -> None:
+                came[path] += 1
+                fill(file)
+
+            folder.fetch(path, SIZE, write, distance)
+            with folder.deciding():
+                most[0] = max(most[0], in_all(folder))
+
+    def remove(path: Path, missing_ok: bool = False) -> None:
+        went[path] += 1
+        unlink(path, missing_ok)
+
+    threads = [threading.Thread(target=wish, args=(wishes[start::3],)) for start in range(3)]
+    with patch.object(Path, "unlink", remove):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert most[0] <= folder.limit
+    assert all(came[path] - went[path] == path.exists() for path in (shard(folder, number) for number in range(9)))
+    assert all(shard(folder, number).read_bytes() == b"x" * SIZE for number in held(folder))
+    order.reader.close()
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cache.path: .*file/cache: .*; wanted a folder to write to"):
+        CacheFolder(tmp_path / "file" / "cache", SIZE)

@@ -1,0 +1,193 @@
+"""Chunks of a dataset below a URL as training reads them: from the cache, where threads put them before their turn."""
+
+import mmap
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmt_shared import objects
+from llmt_shared.chunks import Layout
+from llmt_shared.errors import ConfigError, FormatError, LlmtError, StoreError
+from llmt_shared.manifest import FileEntry
+from llmt_shared.mirror import Mirror, fetch, is_chunk
+from llmt_shared.objects import ObjectPath
+from llmt_shared.order import RowOrder, block_at
+from llmt_shared.progress import say
+from llmt_train.cache.distance import Following, distances
+from llmt_train.cache.folder import CacheFolder, Outcome
+from llmt_train.cache.waits import Waits
+
+_THREADS = 2
+_AHEAD = 3
+"""Blocks, this one counted, that are fetched as far as there is room."""
+_PAUSE = 0.5
+"""Seconds between two looks for room."""
+_NOW = -1.0
+"""Distance of a file that somebody waits for."""
+
+
+def is_read_by_training(name: str) -> bool:
+    """Whether a file is one of the training rows', and not only of where they come from."""
+    split, array, *_ = name.split("/")
+    return split == "train" and array not in ("segment_offset", "segment_document")
+
+
+class CachedChunks:
+    """Chunk files that are fetched when they are needed, or before; they stay as long as there is room."""
+
+    def __init__(self, folder: CacheFolder, mirror: Mirror) -> None:
+        """Join the readers of a cache.
+
+        Args:
+            folder: the cache.
+            mirror: of the dataset, in a folder of the cache.
+        """
+        assert isinstance(mirror.location, ObjectPath), "what lies on a disk is read there"
+        self._folder, self._root, self._location = folder, mirror.folder, mirror.location
+        self._entries: dict[str, FileEntry] = {each.path: each for each in mirror.manifest.files if is_chunk(each)}
+        self._reader = folder.join(mirror.folder.name)
+        self._waits = Waits(mirror.location)
+        self._block: tuple[int, int] | None = None
+        """Epoch and first place of the block that the run is in."""
+        self._coming: list[tuple[float, str]] = []
+        """Distance and name of what the run needs next, at the last look."""
+        self._hints: deque[str] = deque(maxlen=64)
+        self._failed: dict[str, LlmtError] = {}
+        self._wake = threading.Condition()
+        self._followers: list[None] = []
+        """One for each that takes rows now; the threads end with the last."""
+        weakref.finalize(self, self._reader.close)
+
+    def reading(self, path: Path, layout: Layout, start: int, stop: int) -> AbstractContextManager[NDArray[Any]]:
+        """Give a part of the mapped file; it cannot leave the cache before the values are gone."""
+        descriptor = self._held(path)
+        try:
+            memory = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)  # has its own copy of the descriptor: the lock
+        finally:
+            os.close(descriptor)
+        size = layout.item_bytes
+        values = np.frombuffer(memory, layout.dtype, (stop - start) * size // layout.dtype.itemsize, start * size)
+        return nullcontext(values.reshape(stop - start, *layout.shape[1:]))
+
+    def will_need(self, path: Path, layout: Layout, places: Sequence[int]) -> None:
+        """Have a file fetched in the background, if it is not there."""
+        if not path.exists():
+            self._hints.append(self._name(path))
+
+    @contextmanager
+    def follow(self, split: Path, order: RowOrder | None) -> Iterator[Callable[[int], None]]:
+        """Fetch what comes next in training rows while the block runs, and what `will_need` names."""
+        self._followers.append(None)
+        threads = [threading.Thread(target=self._work, daemon=True) for _ in range(_THREADS)]
+        for thread in threads if len(self._followers) == 1 else ():
+            thread.start()
+        try:
+            yield partial(self._reached, order) if order is not None and split.name == "train" else lambda place: None
+        finally:
+            self._followers.pop()
+            self._reader.tell(None) if order is not None else None
+            with self._wake:
+                self._wake.notify_all()
+
+    def _reached(self, order: RowOrder, place: int) -> None:
+        assert order.blocks is not None, "what lies in shards is shuffled in blocks of them"
+        run = Following(order.seed, order.num_rows, order.total_rows, *order.blocks, int(place))
+        self._reader.tell(run)
+        epoch, inside = divmod(run.place, run.num_rows)
+        block = epoch, block_at(run.seed, epoch, inside, run.num_rows, run.blocks).first
+        if block == self._block:
+            return
+        self._block = block
+        coming = self._ranked(run)
+        with self._wake:
+            self._coming = coming
+            self._wake.notify_all()
+
+    def _held(self, path: Path) -> int:
+        """A descriptor of a file of the cache, which is fetched if it is not there."""
+        if (descriptor := self._folder.hold(path)) is not None:
+            return descriptor
+        name = self._name(path)
+        with self._waits.waiting():
+            deadline = time.monotonic() + objects.PATIENCE
+            while (descriptor := self._folder.hold(path)) is None:
+                if (error := self._failed.pop(name, None)) is not None:
+                    raise error
+                outcome = self._fetch(name, _NOW)
+                if outcome is Outcome.BUSY:
+                    self._folder.wait_for(path)
+                elif outcome is Outcome.FULL:
+                    self._refuse_for_ever(name, deadline)
+                    time.sleep(0.05)
+        return descriptor
+
+    def _refuse_for_ever(self, name: str, deadline: float) -> None:
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"cache.size: {self._folder.limit} bytes are too few for all that reads from {self._folder.path} now: "
+                f"nothing can go, and {name} ({self._entries[name].bytes} bytes) has no room; set a larger cache.size, "
+                f"or another cache.path for this run"
+            )
+
+    def _fetch(self, name: str, distance: float) -> Outcome:
+        entry = self._entries[name]
+
+        def write(file: BinaryIO) -> None:
+            with self._waits.fetching(entry.bytes):
+                fetch(self._location, entry, file)
+
+        return self._folder.fetch(self._root / name, entry.bytes, write, distance)
+
+    def _ranked(self, run: Following) -> list[tuple[float, str]]:
+        horizon = _AHEAD * run.rows_per_shard * run.shuffle_shards
+        names = [name for name in self._entries if is_read_by_training(name)]
+        far = distances(names, self._root, run)
+        # of what is needed at the same time first the small: a row needs all of its arrays
+        ranked = sorted((far[name], name.startswith("train/tokens/"), name) for name in names if far[name] < horizon)
+        return [(distance, name) for distance, _, name in ranked]
+
+    def _work(self) -> None:
+        """Fetch what comes, one file after another; wait where there is no room or nothing to do."""
+        while self._followers:
+            if not self._fetch_next():
+                with self._wake:
+                    self._wake.wait(_PAUSE)
+
+    def _fetch_next(self) -> bool:
+        """Whether a file was fetched; what comes after one without room has none either."""
+        for distance, name in self._wanted():
+            outcome = self._try(name, distance)
+            if outcome in (Outcome.THERE, Outcome.FULL):
+                return outcome is Outcome.THERE
+        return False
+
+    def _wanted(self) -> Iterator[tuple[float, str]]:
+        """Distance and name of what is not there, in the order of use."""
+        while self._hints:
+            yield 0.0, self._hints.popleft()
+        yield from ((distance, name) for distance, name in self._coming if not (self._root / name).exists())
+
+    def _try(self, name: str, distance: float) -> Outcome | None:
+        """What became of it; ``None`` where it failed, now or before."""
+        if name in self._failed or not self._followers:
+            return None
+        try:
+            return self._fetch(name, distance)
+        except FormatError as error:  # told when the file's turn comes
+            self._failed[name] = error
+        except StoreError as error:
+            say(str(error))
+        return None
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self._root).as_posix()

@@ -1,0 +1,64 @@
+"""A dataset below a URL, opened for training: its small files copied into the cache, its chunks fetched there."""
+
+from llmt_shared.dataset import Dataset, open_mirror
+from llmt_shared.errors import ConfigError
+from llmt_shared.manifest import FileEntry, Manifest, read_manifest
+from llmt_shared.mirror import is_chunk, mirrored
+from llmt_shared.objects import ObjectPath
+from llmt_shared.progress import say
+from llmt_train.cache.chunks import CachedChunks, is_read_by_training
+from llmt_train.cache.folder import CacheFolder
+from llmt_train.config import CacheConfig
+
+
+def open_cached(location: ObjectPath, config: CacheConfig, shuffle_shards: int) -> Dataset:
+    """Open a dataset below a URL.
+
+    Args:
+        location: its URL.
+        config: of the cache.
+        shuffle_shards: shards whose rows are read together, which the cache must hold.
+
+    Raises:
+        ConfigError: the cache is too small, or cannot be written.
+        FormatError: no finished dataset, or a damaged one.
+        StoreError: the store gives no answer.
+    """
+    manifest, digest = read_manifest(location)
+    needed = _block_bytes(manifest, shuffle_shards)
+    _require(config, needed, manifest, shuffle_shards)
+    folder = CacheFolder(config.path, config.size)
+    small = sum(entry.bytes for entry in manifest.files if not is_chunk(entry))
+    with folder.deciding():  # one process copies them, the others find them
+        folder.make_room(small, distance=0)
+        mirror = mirrored(location, folder.path / digest[:16])
+    if config.size < 2 * needed:
+        say(
+            f"{location}: cache.size {config.size:,} holds less than two times train.shuffle_shards (2 x {needed:,} "
+            f"bytes), so the next shards come only as the last ones go: training will wait for them"
+        )
+    return open_mirror(mirror, CachedChunks(folder, mirror))
+
+
+def _require(config: CacheConfig, needed: int, manifest: Manifest, shuffle_shards: int) -> None:
+    if config.size >= needed:
+        return
+    fitting = next((fewer for fewer in range(shuffle_shards, 0, -1) if _block_bytes(manifest, fewer) <= config.size), 0)
+    fewer = f", or train.shuffle_shards {fitting}" if fitting else ""
+    raise ConfigError(
+        f"cache.size: {config.size} bytes cannot hold the shards that are shuffled together: train.shuffle_shards "
+        f"{shuffle_shards} needs {needed}; set cache.size to at least that, better twice{fewer}"
+    )
+
+
+def _block_bytes(manifest: Manifest, shuffle_shards: int) -> int:
+    """Bytes of all files of a block, at most: its shards lie anywhere, so each may need files of its own."""
+    by_array: dict[str, list[FileEntry]] = {}
+    for entry in manifest.files:
+        if is_chunk(entry) and is_read_by_training(entry.path):
+            by_array.setdefault(entry.path.split("/")[1], []).append(entry)
+    small = sum(entry.bytes for entry in manifest.files if not is_chunk(entry))
+    return small + sum(
+        files[0].bytes * min(len(files), shuffle_shards * (1 if array == "tokens" else 3))
+        for array, files in by_array.items()
+    )
