@@ -38,15 +38,30 @@ class Layout(NamedTuple):
         """Of one element of the first axis."""
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
+    def file(self, array: Path, chunk: int) -> Path:
+        """Where a chunk of an array lies, from the array's directory."""
+        return array / "c" / "/".join([str(chunk)] + ["0"] * (len(self.shape) - 1))
+
+
+class ArrayChunks(Protocol):
+    """The chunk files of one array."""
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether a whole chunk costs no more than what is used of it."""
+
+    def read(self, chunk: int, start: int, stop: int) -> NDArray[Any]:
+        """Return elements ``start`` to ``stop`` of a chunk's first axis, read-only; they stay while they are held."""
+
+    def will_need(self, chunk: int, places: Sequence[int]) -> None:
+        """Elements at these places of a chunk are read soon."""
+
 
 class Chunks(Protocol):
-    """Where the chunk files of an array are."""
+    """Where the chunk files of a split's arrays are."""
 
-    def reading(self, path: Path, layout: Layout, start: int, stop: int) -> AbstractContextManager[NDArray[Any]]:
-        """Give elements ``start`` to ``stop`` of a chunk's first axis; they may be gone when the block ends."""
-
-    def will_need(self, path: Path, layout: Layout, places: Sequence[int]) -> None:
-        """Elements at these places are read soon."""
+    def of(self, array: Path, layout: Layout) -> ArrayChunks:
+        """Return the chunks of one array: its directory, and what each holds."""
 
     def follow(self, split: Path, order: RowOrder | None) -> AbstractContextManager[Callable[[int], None]]:
         """While the block runs, rows of a split (its folder) are taken in an order; ``None``: from first to last.
@@ -67,9 +82,8 @@ class ChunkedArray:
         """
         self.path = path
         self.shape, self.dtype, self.chunk_shape = _read_metadata(path)
-        self._layout = Layout(self.chunk_shape, self.dtype)
-        self._chunks = MappedChunks() if chunks is None else chunks
-        self._file = lru_cache(maxsize=_MAX_OPEN)(self._find)
+        layout = Layout(self.chunk_shape, self.dtype)
+        self._chunks = MappedChunks(path, layout) if chunks is None else chunks.of(path, layout)
 
     def __len__(self) -> int:
         return int(self.shape[0])
@@ -84,8 +98,7 @@ class ChunkedArray:
         while place < len(out):
             chunk, first = divmod(start + place, self.chunk_shape[0])
             last = min(first + len(out) - place, self.chunk_shape[0])
-            with self._reading(chunk, first, last) as values:
-                out[place : place + last - first] = values
+            out[place : place + last - first] = self._chunks.read(chunk, first, last)
             place += last - first
         return out
 
@@ -93,8 +106,7 @@ class ChunkedArray:
         """Return ``array[indices]`` of the first axis, in the order asked for."""
         out = self._empty(len(indices))
         for place, (chunk, offset) in enumerate(self._places(indices)):
-            with self._reading(chunk, offset, offset + 1) as values:
-                out[place] = values[0]
+            out[place] = self._chunks.read(chunk, offset, offset + 1)[0]
         return out
 
     def slices(self, borders: NDArray[np.int64]) -> NDArray[Any]:
@@ -105,9 +117,11 @@ class ChunkedArray:
         for chunk in np.bincount(chunks).nonzero()[0].tolist():
             mine = (chunks == chunk).nonzero()[0]
             wanted = offsets[mine]
-            first = int(wanted.min())
-            with self._reading(chunk, first, int(wanted.max()) + 1) as values:
-                out[mine] = values[wanted - first]
+            if self._chunks.is_mapped:
+                out[mine] = self._chunks.read(chunk, 0, self.chunk_shape[0])[wanted]
+            else:
+                first = int(wanted.min())
+                out[mine] = self._chunks.read(chunk, first, int(wanted.max()) + 1)[wanted - first]
         return out
 
     def will_need(self, indices: Sequence[int] | NDArray[np.integer]) -> None:
@@ -116,13 +130,7 @@ class ChunkedArray:
         for chunk, offset in self._places(indices):
             places.setdefault(chunk, []).append(offset)
         for chunk, offsets in places.items():
-            self._chunks.will_need(self._file(chunk), self._layout, offsets)
-
-    def _reading(self, chunk: int, start: int, stop: int) -> AbstractContextManager[NDArray[Any]]:
-        return self._chunks.reading(self._file(chunk), self._layout, start, stop)
-
-    def _find(self, chunk: int) -> Path:
-        return self.path / "c" / "/".join([str(chunk)] + ["0"] * (len(self.shape) - 1))
+            self._chunks.will_need(chunk, offsets)
 
     def _places(self, indices: Sequence[int] | NDArray[np.integer]) -> list[tuple[int, int]]:
         """Chunk of each index, and its place there."""
@@ -141,45 +149,61 @@ class _Mapped(NamedTuple):
 
 
 class MappedChunks:
-    """Chunk files on a disk, mapped; a bounded number stays so."""
+    """Chunk files of an array on a disk, mapped; a bounded number stays so."""
 
-    def __init__(self, *, is_read_in_order: bool = True) -> None:
+    is_mapped = True
+
+    def __init__(self, array: Path, layout: Layout, *, is_read_in_order: bool = True) -> None:
         """Begin with none.
 
         Args:
+            array: its directory.
+            layout: of each file.
             is_read_in_order: let the kernel read ahead. Where elements are read in random order it must not: it would
                 fetch megabytes for each, and more data than fit into memory would push one another out.
         """
-        self._is_read_in_order = is_read_in_order
+        self._array, self._layout, self._is_read_in_order = array, layout, is_read_in_order
         self._chunk = lru_cache(maxsize=_MAX_OPEN)(self._map)
 
-    def reading(self, path: Path, layout: Layout, start: int, stop: int) -> AbstractContextManager[NDArray[Any]]:
-        """Give a part of the map, which stays."""
-        return nullcontext(self._chunk(path, layout).values[start:stop])
+    def read(self, chunk: int, start: int, stop: int) -> NDArray[Any]:
+        """Return a part of the map."""
+        return self._chunk(chunk).values[start:stop]
 
-    def will_need(self, path: Path, layout: Layout, places: Sequence[int]) -> None:
+    def will_need(self, chunk: int, places: Sequence[int]) -> None:
         """Have the kernel fetch elements in the background; does nothing where it cannot be told so."""
         if not hasattr(mmap, "MADV_WILLNEED"):
             return
-        memory, size = self._chunk(path, layout).memory, layout.item_bytes
+        memory, size = self._chunk(chunk).memory, self._layout.item_bytes
         for place in places:
             before = place * size % mmap.PAGESIZE
             memory.madvise(mmap.MADV_WILLNEED, place * size - before, size + before)
 
-    def follow(self, split: Path, order: RowOrder | None) -> AbstractContextManager[Callable[[int], None]]:
-        """Do nothing: all chunks are there."""
-        return nullcontext(lambda place: None)
-
-    def _map(self, path: Path, layout: Layout) -> _Mapped:
+    def _map(self, chunk: int) -> _Mapped:
+        path, (shape, dtype) = self._layout.file(self._array, chunk), self._layout
         try:
             with path.open("rb") as file:
                 memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            values = np.frombuffer(memory, layout.dtype, math.prod(layout.shape)).reshape(layout.shape)
+            values = np.frombuffer(memory, dtype, math.prod(shape)).reshape(shape)
         except (OSError, ValueError) as error:
             raise FormatError(f"{path}: cannot be mapped ({error}); run `llmt-prep verify`") from None
         if not self._is_read_in_order and hasattr(mmap, "MADV_RANDOM"):
             memory.madvise(mmap.MADV_RANDOM)
         return _Mapped(values, memory)
+
+
+class DiskChunks:
+    """Chunk files in the arrays' own directories."""
+
+    def __init__(self, *, is_read_in_order: bool = True) -> None:
+        self._is_read_in_order = is_read_in_order
+
+    def of(self, array: Path, layout: Layout) -> ArrayChunks:
+        """Map them as they are asked for."""
+        return MappedChunks(array, layout, is_read_in_order=self._is_read_in_order)
+
+    def follow(self, split: Path, order: RowOrder | None) -> AbstractContextManager[Callable[[int], None]]:
+        """Do nothing: all chunks are there."""
+        return nullcontext(lambda place: None)
 
 
 class ArrayFolder(NamedTuple):

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from llmt_shared.chunks import ArrayFolder, ChunkedArray, Chunks, MappedChunks
+from llmt_shared.chunks import ArrayFolder, ChunkedArray, Chunks, DiskChunks
 from llmt_shared.manifest import Manifest, TokenizerEntry, read_manifest, refuse_wrong_files, wrong_files
 from llmt_shared.mirror import Mirror, RangedChunks, mirrored
 from llmt_shared.objects import Location, ObjectPath, named_location
@@ -96,7 +96,7 @@ class Split:
             has_pairs: whether segments form preference pairs.
         """
         self.path, self.arrays = path, arrays
-        tokens = arrays if arrays.chunks else arrays._replace(chunks=MappedChunks(is_read_in_order=False))
+        tokens = arrays if arrays.chunks else arrays._replace(chunks=DiskChunks(is_read_in_order=False))
         self._tokens = tokens.open("tokens")
         self.row_targets = arrays.open("row_targets")
         self._row_offsets = arrays.open("row_offsets")

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmt_shared import durable
-from llmt_shared.chunks import Layout
+from llmt_shared.chunks import ArrayChunks, Layout
 from llmt_shared.errors import FormatError
 from llmt_shared.manifest import FileEntry, Manifest, read_manifest, refuse_wrong_files, wrong_files
 from llmt_shared.objects import Location, ObjectPath
@@ -90,19 +90,35 @@ class RangedChunks:
     def __init__(self, location: ObjectPath, folder: Path) -> None:
         self._location, self._folder = location, folder
 
-    def reading(self, path: Path, layout: Layout, start: int, stop: int) -> AbstractContextManager[NDArray[Any]]:
-        """Fetch elements ``start`` to ``stop``; their checksum is of the whole chunk, so it says nothing of them."""
-        size, name = layout.item_bytes, path.relative_to(self._folder).as_posix()
-        content = (self._location / name).read_range(start * size, stop * size)
-        shape = (stop - start, *layout.shape[1:])
-        return nullcontext(np.frombuffer(content, layout.dtype, math.prod(shape)).reshape(shape))
-
-    def will_need(self, path: Path, layout: Layout, places: Sequence[int]) -> None:
-        """Do nothing."""
+    def of(self, array: Path, layout: Layout) -> ArrayChunks:
+        """Ask the store each time."""
+        return _Ranged(self._location / array.relative_to(self._folder).as_posix(), layout)
 
     def follow(self, split: Path, order: RowOrder | None) -> AbstractContextManager[Callable[[int], None]]:
         """Do nothing."""
         return nullcontext(lambda place: None)
+
+
+class _Ranged(NamedTuple):
+    """Of one array."""
+
+    location: ObjectPath
+    layout: Layout
+
+    @property
+    def is_mapped(self) -> bool:
+        """No: what is read is fetched."""
+        return False
+
+    def read(self, chunk: int, start: int, stop: int) -> NDArray[Any]:
+        """Fetch elements; the chunk's checksum is of all of them, so it says nothing of some."""
+        size, shape = self.layout.item_bytes, (stop - start, *self.layout.shape[1:])
+        file = self.location / self.layout.file(Path(), chunk).as_posix()
+        content = file.read_range(start * size, stop * size)
+        return np.frombuffer(content, self.layout.dtype, math.prod(shape)).reshape(shape)
+
+    def will_need(self, chunk: int, places: Sequence[int]) -> None:
+        """Do nothing."""
 
 
 def _copy(location: ObjectPath, folder: Path, entry: FileEntry) -> None:

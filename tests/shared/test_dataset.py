@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmt_prep import arrays
-from llmt_shared.chunks import ArrayFolder, ChunkedArray, MappedChunks
+from llmt_shared.chunks import ArrayFolder, ChunkedArray, DiskChunks
 from llmt_shared.dataset import Split, open_dataset
 from llmt_shared.errors import FormatError
 from llmt_shared.manifest import FileEntry, Manifest
@@ -145,7 +145,7 @@ def test_rows_that_were_asked_for_ahead_are_the_same(tmp_path, length):
     """Rows that begin and end inside pages, or cross them, to the last one of the file."""
     tokens = np.random.default_rng(0).integers(9, size=(9, length), dtype=np.uint16)
     write_tokens(tmp_path, tokens, 3)
-    array = ChunkedArray(tmp_path, MappedChunks(is_read_in_order=False))
+    array = ChunkedArray(tmp_path, DiskChunks(is_read_in_order=False))
     array.will_need(range(9))
     assert np.array_equal(array.take(range(9)), tokens)
 

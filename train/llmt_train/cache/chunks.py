@@ -1,5 +1,6 @@
 """Chunks of a dataset below a URL as training reads them: from the cache, where threads put them before their turn."""
 
+import math
 import mmap
 import os
 import threading
@@ -7,16 +8,16 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmt_shared import objects
-from llmt_shared.chunks import Layout
+from llmt_shared.chunks import ArrayChunks, Layout
 from llmt_shared.errors import ConfigError, FormatError, LlmtError, StoreError
 from llmt_shared.manifest import FileEntry
 from llmt_shared.mirror import Mirror, fetch, is_chunk
@@ -68,18 +69,29 @@ class CachedChunks:
         """One for each that takes rows now; the threads end with the last."""
         weakref.finalize(self, self._reader.close)
 
-    def reading(self, path: Path, layout: Layout, start: int, stop: int) -> AbstractContextManager[NDArray[Any]]:
-        """Give a part of the mapped file; it cannot leave the cache before the values are gone."""
-        descriptor = self._held(path)
-        try:
-            memory = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)  # has its own copy of the descriptor: the lock
-        finally:
-            os.close(descriptor)
-        size = layout.item_bytes
-        values = np.frombuffer(memory, layout.dtype, (stop - start) * size // layout.dtype.itemsize, start * size)
-        return nullcontext(values.reshape(stop - start, *layout.shape[1:]))
+    def of(self, array: Path, layout: Layout) -> ArrayChunks:
+        """Return the chunks of one array; they are fetched when they are not there."""
+        return _Cached(self, array, layout)
 
-    def will_need(self, path: Path, layout: Layout, places: Sequence[int]) -> None:
+    def hold(self, path: Path) -> int:
+        """Return a descriptor of a file of the cache, which is fetched if it is not there, and stays until then."""
+        if (descriptor := self._folder.hold(path)) is not None:
+            return descriptor
+        name = self._name(path)
+        with self._waits.waiting():
+            deadline = time.monotonic() + objects.PATIENCE
+            while (descriptor := self._folder.hold(path)) is None:
+                if (error := self._failed.pop(name, None)) is not None:
+                    raise error
+                outcome = self._fetch(name, _NOW)
+                if outcome is Outcome.BUSY:
+                    self._folder.wait_for(path)
+                elif outcome is Outcome.FULL:
+                    self._refuse_for_ever(name, deadline)
+                    time.sleep(0.05)
+        return descriptor
+
+    def hint(self, path: Path) -> None:
         """Have a file fetched in the background, if it is not there."""
         if not path.exists():
             self._hints.append(self._name(path))
@@ -112,24 +124,6 @@ class CachedChunks:
         with self._wake:
             self._coming = coming
             self._wake.notify_all()
-
-    def _held(self, path: Path) -> int:
-        """A descriptor of a file of the cache, which is fetched if it is not there."""
-        if (descriptor := self._folder.hold(path)) is not None:
-            return descriptor
-        name = self._name(path)
-        with self._waits.waiting():
-            deadline = time.monotonic() + objects.PATIENCE
-            while (descriptor := self._folder.hold(path)) is None:
-                if (error := self._failed.pop(name, None)) is not None:
-                    raise error
-                outcome = self._fetch(name, _NOW)
-                if outcome is Outcome.BUSY:
-                    self._folder.wait_for(path)
-                elif outcome is Outcome.FULL:
-                    self._refuse_for_ever(name, deadline)
-                    time.sleep(0.05)
-        return descriptor
 
     def _refuse_for_ever(self, name: str, deadline: float) -> None:
         if time.monotonic() > deadline:
@@ -191,3 +185,30 @@ class CachedChunks:
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self._root).as_posix()
+
+
+class _Cached(NamedTuple):
+    """Of one array."""
+
+    chunks: CachedChunks
+    array: Path
+    layout: Layout
+
+    @property
+    def is_mapped(self) -> bool:
+        """Yes, once it is there."""
+        return True
+
+    def read(self, chunk: int, start: int, stop: int) -> NDArray[Any]:
+        """Return a part of the mapped file; it cannot leave the cache before the values are gone."""
+        descriptor = self.chunks.hold(self.layout.file(self.array, chunk))
+        try:
+            memory = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)  # has its own copy of the descriptor: the lock
+        finally:
+            os.close(descriptor)
+        size, shape = self.layout.item_bytes, (stop - start, *self.layout.shape[1:])
+        return np.frombuffer(memory, self.layout.dtype, math.prod(shape), start * size).reshape(shape)
+
+    def will_need(self, chunk: int, places: Sequence[int]) -> None:
+        """Have the file fetched in the background."""
+        self.chunks.hint(self.layout.file(self.array, chunk))
