@@ -105,8 +105,14 @@ class ChunkedArray:
     def take(self, indices: Sequence[int] | NDArray[np.integer]) -> NDArray[Any]:
         """Return ``array[indices]`` of the first axis, in the order asked for."""
         out = self._empty(len(indices))
-        for place, (chunk, offset) in enumerate(self._places(indices)):
-            out[place] = self._chunks.read(chunk, offset, offset + 1)[0]
+        for chunk, members in self._by_chunk(indices).items():
+            if self._chunks.is_mapped:
+                values = self._chunks.read(chunk, 0, self.chunk_shape[0])
+                for place, offset in members:
+                    out[place] = values[offset]
+            else:
+                for place, offset in members:
+                    out[place] = self._chunks.read(chunk, offset, offset + 1)[0]
         return out
 
     def slices(self, borders: NDArray[np.int64]) -> NDArray[Any]:
@@ -126,18 +132,19 @@ class ChunkedArray:
 
     def will_need(self, indices: Sequence[int] | NDArray[np.integer]) -> None:
         """Begin to fetch ``array[indices]`` in the background, where that can be done."""
-        places: dict[int, list[int]] = {}
-        for chunk, offset in self._places(indices):
-            places.setdefault(chunk, []).append(offset)
-        for chunk, offsets in places.items():
-            self._chunks.will_need(chunk, offsets)
+        for chunk, members in self._by_chunk(indices).items():
+            self._chunks.will_need(chunk, [offset for _, offset in members])
 
-    def _places(self, indices: Sequence[int] | NDArray[np.integer]) -> list[tuple[int, int]]:
-        """Chunk of each index, and its place there."""
+    def _by_chunk(self, indices: Sequence[int] | NDArray[np.integer]) -> dict[int, list[tuple[int, int]]]:
+        """Of each chunk, in the order in which they first appear: places among the indices, and in the chunk."""
         found = np.asarray(indices).tolist()  # NumPy's own numbers are slow to reckon with
         if found and not 0 <= min(found) <= max(found) < self.shape[0]:
             raise IndexError(f"{self.path}: {found} are not all in 0 .. {self.shape[0]}")
-        return [divmod(index, self.chunk_shape[0]) for index in found]
+        members: dict[int, list[tuple[int, int]]] = {}
+        for place, index in enumerate(found):
+            chunk, offset = divmod(index, self.chunk_shape[0])
+            members.setdefault(chunk, []).append((place, offset))
+        return members
 
     def _empty(self, count: int) -> NDArray[Any]:
         return np.empty((count, *self.shape[1:]), self.dtype)

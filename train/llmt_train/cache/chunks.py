@@ -24,7 +24,7 @@ from llmt_shared.mirror import Mirror, fetch, is_chunk
 from llmt_shared.objects import ObjectPath
 from llmt_shared.order import RowOrder, block_at
 from llmt_shared.progress import say
-from llmt_train.cache.distance import Following, distances
+from llmt_train.cache.distance import Following, distances, shard_distances
 from llmt_train.cache.folder import CacheFolder, Outcome
 from llmt_train.cache.waits import Waits
 
@@ -58,8 +58,11 @@ class CachedChunks:
         self._entries: dict[str, FileEntry] = {each.path: each for each in mirror.manifest.files if is_chunk(each)}
         self._reader = folder.join(mirror.folder.name)
         self._waits = Waits(mirror.location)
+        self._run: Following | None = None
         self._block: tuple[int, int] | None = None
         """Epoch and first place of the block that the run is in."""
+        self._due = np.empty(0)
+        """[shards] place from which each is needed, seen from the beginning of that block."""
         self._coming: list[tuple[float, str]] = []
         """Distance and name of what the run needs next, at the last look."""
         self._hints: deque[str] = deque(maxlen=64)
@@ -107,23 +110,38 @@ class CachedChunks:
             yield partial(self._reached, order) if order is not None and split.name == "train" else lambda place: None
         finally:
             self._followers.pop()
-            self._reader.tell(None) if order is not None else None
+            if order is not None:
+                self._run = self._block = None
+                self._reader.tell(None)
             with self._wake:
                 self._wake.notify_all()
 
     def _reached(self, order: RowOrder, place: int) -> None:
         assert order.blocks is not None, "what lies in shards is shuffled in blocks of them"
         run = Following(order.seed, order.num_rows, order.total_rows, *order.blocks, int(place))
+        if self._run is None or run.place > self._run.place:
+            self._stand(run)
+
+    def _stand(self, run: Following) -> None:
+        """See the run at a place, and what it needs from there, where it is in another block than before."""
+        self._run = run
         self._reader.tell(run)
         epoch, inside = divmod(run.place, run.num_rows)
         block = epoch, block_at(run.seed, epoch, inside, run.num_rows, run.blocks).first
         if block == self._block:
             return
         self._block = block
+        self._due = run.place + shard_distances(run)
         coming = self._ranked(run)
         with self._wake:
             self._coming = coming
             self._wake.notify_all()
+
+    def enter(self, shard: int) -> None:
+        """Rows of a shard of the training rows are read now: with the first of a block, the one before it is over."""
+        run = self._run
+        if run is not None and run.place < self._due[shard] < run.total_rows:
+            self._stand(run._replace(place=int(self._due[shard])))
 
     def _refuse_for_ever(self, name: str, deadline: float) -> None:
         if time.monotonic() > deadline:
@@ -201,6 +219,8 @@ class _Cached(NamedTuple):
 
     def read(self, chunk: int, start: int, stop: int) -> NDArray[Any]:
         """Return a part of the mapped file; it cannot leave the cache before the values are gone."""
+        if self.array.name == "tokens" and self.array.parent.name == "train":
+            self.chunks.enter(chunk)
         descriptor = self.chunks.hold(self.layout.file(self.array, chunk))
         try:
             memory = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)  # has its own copy of the descriptor: the lock
