@@ -17,7 +17,6 @@ from llmt_prep.simulation.sample import Extent
 from llmt_prep.simulation.settings import Scenario
 from llmt_prep.simulation.tokenizing import Documents, SourceTrial
 from llmt_shared.config import StrictModel
-from llmt_shared.errors import DataError
 
 _LOTS = 1 << 20
 """Parts into which a source is cut where part of an epoch is selected: nobody notices a millionth."""
@@ -49,24 +48,23 @@ class SplitSize:
     spans: int
 
 
-def factor_of(scenario: Scenario, corpus: Sequence[SourceSize]) -> float:
+def factor_of(scenario: Scenario, extents: Sequence[Extent], trials: Sequence[SourceTrial]) -> float:
     """Return how many times as large as the corpus the simulated one is."""
-    for name in ("documents", "bytes", "tokens"):
-        wanted = getattr(scenario, name)
-        if wanted is not None:
-            return float(wanted / max(1, sum(getattr(each, name) for each in corpus)))
+    parts = list(zip(extents, trials, strict=True))
+    if scenario.bytes is not None:
+        return scenario.bytes / max(1, sum(extent.bytes for extent in extents))
+    if scenario.documents is not None:
+        return scenario.documents / sum(
+            len(trial.documents.length) * _grown(extent, trial) for extent, trial in parts
+        )
+    if scenario.tokens is not None:
+        return scenario.tokens / sum(trial.tokens * _grown(extent, trial) for extent, trial in parts)
     return 1.0
 
 
-def size_of(extent: Extent, trial: SourceTrial, factor: float, name: str) -> SourceSize:
-    """Return a source ``factor`` times as large as it is: with as many times the files, none of them larger.
-
-    Raises:
-        DataError: there is no document in its sample.
-    """
-    if not trial.documents.length.size:
-        raise DataError(f"sources.{name}: no document in the sample of {trial.units} units; give a larger `sample`")
-    grown = factor * extent.bytes / max(1, trial.bytes)
+def size_of(extent: Extent, trial: SourceTrial, factor: float) -> SourceSize:
+    """Return a source ``factor`` times as large as it is: with as many times the files, none of them larger."""
+    grown = factor * _grown(extent, trial)
     size = round(factor * extent.bytes)
     return SourceSize(
         files=max(1, round(factor * extent.files)),
@@ -78,6 +76,11 @@ def size_of(extent: Extent, trial: SourceTrial, factor: float, name: str) -> Sou
         quarantined=round(grown * trial.quarantined),
         cache_bytes=round(grown * trial.cache_bytes),
     )
+
+
+def _grown(extent: Extent, trial: SourceTrial) -> float:
+    """How many times as large as its sample a source is."""
+    return extent.bytes / max(1, trial.bytes)
 
 
 def scaled(config: MixConfig, factor: float) -> MixConfig:

@@ -37,6 +37,8 @@ class PackTrial(NamedTuple):
     """Bytes for each file in the manifest."""
     quarantine_line: float
     """Bytes for each bad record."""
+    list_bytes: float
+    """For each unit, of the list of units that workers read."""
 
 
 def once_each(config: MixConfig, epochs: dict[str, float]) -> MixConfig:
@@ -125,4 +127,5 @@ def _measured(
         companions=sum(sizes.values()) - chunks,
         manifest_entry=manifest / len(sizes),
         quarantine_line=quarantine / max(1, sum(each.quarantined for each in trial.sources)),
+        list_bytes=(data.parent / "corpus.json").stat().st_size / len(trial.corpus.units),
     )

@@ -25,6 +25,7 @@ from llmt_prep.store import UnitMeta
 from llmt_prep.tokenization import hash_content
 from llmt_prep.tokenizer import LoadedTokenizer
 from llmt_prep.unit_task import TokenizeTask, keeps_control, run_task
+from llmt_shared.errors import DataError
 
 
 class Documents(NamedTuple):
@@ -106,6 +107,7 @@ def tokenize_sample(
     again = [(replace(task, directory=str(folder / f"again-{n}")),) for n, (task,) in enumerate(tasks)]
     tokenizing = clocked("tokenize", run_task, tasks, again[: _at_once(tasks, workers)])
     corpus = tokenize_inputs(config, inputs, tokenizer, cache, 1)  # finds everything done
+    _require_documents(config, corpus)
     seconds = {place.directory: call.seconds for place, call in zip(unique, tokenizing.calls, strict=True)}
     return TokenizeTrial(
         config=config,
@@ -129,6 +131,12 @@ def hash_unit(unit: Unit) -> tuple[str, float, float]:
     read = time.monotonic()
     content = hash_content(unit, hashlib.sha256().update)
     return content, read - started, time.monotonic() - read
+
+
+def _require_documents(config: MixConfig, corpus: Corpus) -> None:
+    for name, count in zip(config.sources, np.diff(corpus.source_borders).tolist(), strict=True):
+        if not count:
+            raise DataError(f"sources.{name}: its sample holds no document that can be used; give a larger `sample`")
 
 
 def _at_once(tasks: Sequence[object], workers: int) -> int:
@@ -187,8 +195,6 @@ def _source(
 
 def _documents(source: int, units: Sequence[int], corpus: Corpus) -> Documents:
     first, last = corpus.source_borders[source : source + 2].tolist()
-    if first == last:
-        return Documents(np.empty(0, np.int64), np.empty((0, 2), np.uint32), np.empty(0, np.int64))
     spans = [corpus.open_unit(unit).targets.num_spans for unit in units if corpus.units[unit].has_targets]
     num_spans = np.concatenate(spans).astype(np.int64) if spans else np.zeros(last - first, np.int64)
     return Documents(corpus.lengths(first, last), corpus.outlines(first, last), num_spans)
