@@ -54,9 +54,7 @@ def factor_of(scenario: Scenario, extents: Sequence[Extent], trials: Sequence[So
     if scenario.bytes is not None:
         return scenario.bytes / max(1, sum(extent.bytes for extent in extents))
     if scenario.documents is not None:
-        return scenario.documents / sum(
-            len(trial.documents.length) * _grown(extent, trial) for extent, trial in parts
-        )
+        return scenario.documents / sum(len(trial.documents.length) * _grown(extent, trial) for extent, trial in parts)
     if scenario.tokens is not None:
         return scenario.tokens / sum(trial.tokens * _grown(extent, trial) for extent, trial in parts)
     return 1.0
@@ -138,9 +136,7 @@ def train_size(
     return _split_size(config, [each.epochs * trainable(config, size) for each, size in parts], samples)
 
 
-def validation_size(
-    config: MixConfig, sizes: Sequence[SourceSize], samples: Sequence[Documents]
-) -> SplitSize | None:
+def validation_size(config: MixConfig, sizes: Sequence[SourceSize], samples: Sequence[Documents]) -> SplitSize | None:
     """Return what the rows for validation hold; nothing where fewer than one document is held out."""
     held_out = [size.documents * config.holdout.fraction for size in sizes]
     return _split_size(config, held_out, samples) if sum(held_out) >= 1 else None

@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
@@ -113,10 +113,8 @@ def clock(function: Callable[..., Any], *arguments: Any) -> Call:
 def peak_of_block() -> Iterator[list[int]]:
     """Give a list that gets this process's peak of resident bytes inside the block, where the system can tell it."""
     found: list[int] = []
-    try:
+    with suppress(OSError):  # no Linux, or a sandbox: then it is the peak of the whole process
         _CLEAR.write_text("5")  # forgets the peak so far; see proc(5)
-    except OSError:  # no Linux, or a sandbox: then it is the peak of the whole process
-        pass
     yield found
     found.append(peak_bytes())
 

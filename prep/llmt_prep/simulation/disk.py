@@ -48,9 +48,7 @@ def split_disk(config: MixConfig, rows: int, segments: int, spans: int, itemsize
     per_shard = shards.rows_per_shard(rows, length, itemsize, config.shard_size)
     num_shards = shards.num_shards(rows, per_shard)
     columns = shards.column_sizes(config.kind, rows, segments, spans)
-    sizes = [
-        column_bytes(count, np.dtype(dtype).itemsize * (width or 1)) for count, dtype, width in columns.values()
-    ]
+    sizes = [column_bytes(count, np.dtype(dtype).itemsize * (width or 1)) for count, dtype, width in columns.values()]
     return SplitDisk(
         shards=num_shards,
         files=num_shards + sum(-(-count // COLUMN_CHUNK) for count, _, _ in columns.values()),
@@ -74,6 +72,5 @@ def disk_of(splits: Mapping[str, SplitDisk], given: int, cache: int, unit_list: 
     sidecars = sum(split.sidecars for split in splits.values())
     dataset = sum(split.arrays for split in splits.values()) + companions
     final = given + cache + dataset
-    return Disk(
-        input=given, cache=cache, plan=plan, sidecars=sidecars, dataset=dataset, peak=final + plan + sidecars, final=final
-    )
+    peak = final + plan + sidecars
+    return Disk(input=given, cache=cache, plan=plan, sidecars=sidecars, dataset=dataset, peak=peak, final=final)

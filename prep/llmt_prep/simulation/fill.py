@@ -65,8 +65,8 @@ def pack_drawn(config: MixConfig, samples: Sequence[Documents], documents: Seque
             num_windows, num_documents = num_windows + 1, num_documents + size
             yield pieces
 
-    for rows in pack_windows(windows(), config.sequence.length, config.packing.carry):
-        counted.append((len(rows.offsets) - 1, int(row_tokens(rows).sum())))
+    for packed in pack_windows(windows(), config.sequence.length, config.packing.carry):
+        counted.append((len(packed.offsets) - 1, int(row_tokens(packed).sum())))
     (rows, tokens), (last_rows, last_tokens) = _sums(counted[:num_windows]), _sums(counted[num_windows:])
     return Fill(num_documents, rows, tokens, last_rows, last_tokens, _is_stable(counted[:num_windows]))
 
@@ -105,7 +105,7 @@ def _drawn_windows(
 
 
 def draw(size: int, first: int, last: int, keys: tuple[int, ...]) -> NDArray[np.int64]:
-    """Return numbers ``first`` to ``last`` of an endless draw from ``size`` documents, which takes all before one again.
+    """Return numbers ``first`` to ``last`` of an endless draw that takes all of ``size`` documents before one again.
 
     Args:
         size: of the sample.

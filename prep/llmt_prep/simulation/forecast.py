@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from llmt_prep.config import MixConfig
-from llmt_prep.documents import compression
 from llmt_prep.hashes import IN_PROCESS_BYTES
 from llmt_prep.mixture import Mixture
 from llmt_prep.simulation.amounts import (
@@ -251,9 +250,7 @@ def _plan(found: Contents, disks: Mapping[str, SplitDisk], rates: Rates) -> Work
     return Work("plan", alone=documents * rates.plan, moved=moved, is_shared=False)
 
 
-def _gather(
-    name: str, split: SplitForecast, disk: SplitDisk, units: int, config: MixConfig, rates: Rates
-) -> Work:
+def _gather(name: str, split: SplitForecast, disk: SplitDisk, units: int, config: MixConfig, rates: Rates) -> Work:
     places = split.rows * config.sequence.length
     load = units * rates.unit_load
     return Work(

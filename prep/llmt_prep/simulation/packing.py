@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llmt_prep import corpus as corpora
-from llmt_prep import finish, shards
+from llmt_prep import finish
 from llmt_prep.config import HoldoutConfig, MixConfig, resolved
 from llmt_prep.ledger import Ledger, source_ledgers
 from llmt_prep.rows import load_rows, write_rows
@@ -93,7 +93,7 @@ def pack_sample(
 def _ledger(config: MixConfig, trial: TokenizeTrial, selected: Selected, rows: Path, totals: Totals) -> Ledger:
     tallies = {"train": load_rows(rows).tallies}
     in_rows = {"train": totals.tokens_of_source}
-    files = {source: 1 for source in range(len(config.sources))}
+    files = dict.fromkeys(range(len(config.sources)), 1)
     return Ledger(sources=source_ledgers(config, trial.corpus, selected, files, tallies, in_rows), splits={})
 
 

@@ -10,7 +10,8 @@ import tracemalloc
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from statistics import median
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +43,7 @@ MOST_UNITS = 400
 _AT_LEAST = 1000
 """Documents of each source, however small its part is: of few, none may fit a row, or all be held out."""
 _COUNTED_UNITS = 500
-_TINY_DOCUMENTS = 300_000
+_TINY_DOCUMENTS = 1_000_000
 
 
 class PlanRates(NamedTuple):
@@ -127,9 +128,12 @@ def join_rate(config: MixConfig, folder: Path) -> float:
     num_rows = load_rows(folder / "rows" / "train").num_rows
     task = SplitTask(str(folder), "train", 1, length, num_rows, "uint16", 0, "pretrain")
     write_shard(task, 0)
-    started = time.monotonic()
-    finish_split(task)
-    return task.sidecar(0).stat().st_size / (time.monotonic() - started)
+    seconds = []
+    for _ in range(3):
+        started = time.monotonic()
+        finish_split(task)
+        seconds.append(time.monotonic() - started)
+    return task.sidecar(0).stat().st_size / median(seconds)
 
 
 def write_store(
@@ -160,7 +164,7 @@ def write_store(
 def _write_unit(unit: Path, sample: Documents, chosen: NDArray[np.int64], hashes: NDArray[np.uint64]) -> UnitMeta:
     length, outline, num_spans = sample.length[chosen], sample.outline[chosen], sample.num_spans[chosen]
     has_targets, spans, tokens = bool(sample.num_spans.any()), int(num_spans.sum()), int(length.sum())
-    columns = {"lengths": length, "records": np.arange(len(chosen))}
+    columns: dict[str, NDArray[Any]] = {"lengths": length, "records": np.arange(len(chosen))}
     if has_targets:
         columns |= {"first_target": outline[:, 0], "chosen_length": outline[:, 1], "num_spans": num_spans}
     unit.mkdir(parents=True)
@@ -183,14 +187,19 @@ def _documents(sizes: Sequence[SourceSize], epochs: Sequence[float], samples: Se
     documents = np.array([size.documents for size in sizes], np.float64)
     selected = documents * np.maximum(1, epochs)
     units = np.array([size.units for size in sizes], np.float64)
-    part = min(1.0, *(most / each.sum() for most, each in ((MOST_DOCUMENTS, documents), (MOST_SELECTED, selected),
-                                                          (MOST_UNITS, units))))  # fmt: skip
-    least = [min(size.documents, max(_AT_LEAST, len(sample.length))) for size, sample in zip(sizes, samples, strict=True)]
-    return np.maximum(least, np.rint(documents * part)).astype(int).tolist()
+    part = min(1.0, MOST_DOCUMENTS / documents.sum(), MOST_SELECTED / selected.sum(), MOST_UNITS / units.sum())
+    pairs = zip(sizes, samples, strict=True)
+    least = [min(size.documents, max(_AT_LEAST, len(sample.length))) for size, sample in pairs]
+    return [max(few, round(part * size.documents)) for few, size in zip(least, sizes, strict=True)]
 
 
 def _finish_seconds(
-    config: MixConfig, trial: TokenizeTrial, tokenizer: LoadedTokenizer, corpus: Corpus, selected: Selected, folder: Path
+    config: MixConfig,
+    trial: TokenizeTrial,
+    tokenizer: LoadedTokenizer,
+    corpus: Corpus,
+    selected: Selected,
+    folder: Path,
 ) -> float:
     tallies = {"train": load_rows(folder / "rows" / "train").tallies}
     nothing = {"train": [0] * corpus.num_sources}

@@ -2,15 +2,15 @@
 
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llmt_prep.cache import cache_of
 from llmt_prep.config import MixConfig
 from llmt_prep.executor import usable_cpus
-from llmt_prep.inputs import list_files
+from llmt_prep.inputs import InputFile, list_files
 from llmt_prep.simulation.forecast import Corpus, Forecast, contents, predict
 from llmt_prep.simulation.packing import pack_sample
 from llmt_prep.simulation.rates import Rates, measured_rates, seconds_to_import
@@ -22,6 +22,8 @@ from llmt_prep.simulation.tokenizing import SourceTrial, TokenizeTrial, tokenize
 from llmt_prep.store import token_dtype
 from llmt_prep.tokenizer import LoadedTokenizer
 from llmt_shared.config import StrictModel
+
+_MANY_FILES = 10_000
 
 
 class SourceSample(StrictModel):
@@ -53,6 +55,8 @@ class Measured(StrictModel):
 
     seconds: float
     """That the simulation took."""
+    workers_wanted: int
+    """Processes that would have measured together, had the sample had enough units for them."""
     engine_reason: str
     """Why the engine is not the fast one; empty where it is."""
     planned_documents: int
@@ -88,8 +92,7 @@ def simulate(
     cluster = Cluster(
         machines=scenario.machines, cores=scenario.cores or workers, disk=scenario.disk, network=scenario.network
     )
-    files, _ = list_files(config, cache_of(config))
-    list_seconds = (time.monotonic() - started) / len(files)
+    files, list_seconds = _listed(config)
     at_once = min(cluster.cores, workers, usable_cpus())
     with tempfile.TemporaryDirectory(prefix="llmt-simulate-") as folder:
         trial = tokenize_sample(
@@ -100,12 +103,23 @@ def simulate(
     forecast = predict(trial.config, corpus, rates, scenario, cluster)
     measured = Measured(
         seconds=time.monotonic() - started,
+        workers_wanted=at_once,
         engine_reason=trial.reason,
         planned_documents=planned,
         sources=dict(zip(config.sources, map(_described, corpus.extents, trial.sources), strict=True)),
         rates=rates,
     )
     return Simulation(asked=scenario, measured=measured, forecast=forecast)
+
+
+def _listed(config: MixConfig) -> tuple[list[InputFile], float]:
+    """All input files, and the seconds to find one."""
+    started = time.monotonic()
+    files, _ = list_files(config, cache_of(config))
+    if len(files) < _MANY_FILES:
+        started = time.monotonic()  # what was done for the first time is not done for every file
+        list_files(config, cache_of(config))
+    return files, (time.monotonic() - started) / len(files)
 
 
 def _rates(
@@ -153,13 +167,13 @@ def _described(extent: Extent, trial: SourceTrial) -> SourceSample:
     )
 
 
-def ratio_error(amounts: Sequence[int], sizes: Sequence[int], population: int) -> float | None:
+def ratio_error(amounts: NDArray[np.int64], sizes: NDArray[np.int64], population: int) -> float | None:
     """Return the standard error of sum(amounts) / sum(sizes), as a share of it; ``None`` for fewer than two units.
 
     Source: the ratio estimator of survey sampling, with its correction for a finite population; Cochran, Sampling
     Techniques, 1977, chapter 6.
     """
-    amount, size = np.array(amounts, np.float64), np.array(sizes, np.float64)
+    amount, size = amounts.astype(np.float64), sizes.astype(np.float64)
     count = len(amount)
     if count < 2:
         return None

@@ -21,7 +21,6 @@ from llmt_prep.held import Shelved
 from llmt_prep.ingest import Place, place_units, shelve_tokenizer, tokenize_inputs
 from llmt_prep.inputs import InputFile, Inputs, InputUnit, reading_of
 from llmt_prep.simulation.clocks import Clocked, clocked
-from llmt_prep.store import UnitMeta
 from llmt_prep.tokenization import hash_content
 from llmt_prep.tokenizer import LoadedTokenizer
 from llmt_prep.unit_task import TokenizeTask, keeps_control, run_task
