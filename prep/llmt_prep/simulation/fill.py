@@ -38,11 +38,10 @@ class Fill(NamedTuple):
 
     def rows_for(self, tokens: int, capacity: int) -> int:
         """Return how many rows hold so many tokens; they are never fewer than full ones."""
-        ahead = tokens - self.last_tokens
-        if self.tokens and ahead > 0:
-            rows = self.last_rows + self.rows * ahead / self.tokens
+        if self.tokens and tokens > self.last_tokens:
+            rows = self.last_rows + self.rows * (tokens - self.last_tokens) / self.tokens
         else:  # all is left over
-            rows = (self.rows + self.last_rows) * tokens / max(1, self.tokens + self.last_tokens)
+            rows = self.last_rows * tokens / max(1, self.last_tokens)
         return max(math.ceil(tokens / capacity), math.ceil(rows))
 
 

@@ -178,7 +178,7 @@ def _disk(sizes: Sequence[SourceSize], disks: Mapping[str, SplitDisk], rates: Ra
     return disk_of(
         disks,
         given=sum(size.bytes for size in sizes),
-        cache=sum(size.cache_bytes for size in sizes),
+        cache=round(rates.tokenizer) + sum(size.cache_bytes for size in sizes),
         unit_list=round(rates.list_bytes * sum(size.units for size in sizes)),
         companions=round(rates.companions + quarantine + manifest),
     )

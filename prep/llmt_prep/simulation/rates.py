@@ -56,6 +56,8 @@ class Rates(StrictModel):
     """Seconds of the coordinator for each unit, in the end."""
     list_bytes: float
     """Bytes on the disk for each unit, besides the unit itself."""
+    tokenizer: float
+    """Bytes of the tokenizer in the cache, for workers to load."""
     companions: float
     """Bytes of tokenizer, mix, ledger and metadata in the dataset."""
     manifest_entry: float
@@ -123,6 +125,7 @@ def measured_rates(
         unit_load=planned.load_seconds,
         unit_finish=planned.finish_seconds,
         list_bytes=packed.list_bytes,
+        tokenizer=tokenized.tokenizer_bytes,
         companions=packed.companions,
         manifest_entry=packed.manifest_entry,
         quarantine_line=packed.quarantine_line,

@@ -69,6 +69,8 @@ class TokenizeTrial(NamedTuple):
     engine: str
     reason: str
     """Why it is not the fast one; empty where it is."""
+    tokenizer_bytes: int
+    """Of its files, which lie in the cache too."""
     choose_seconds: float
     """Until the engine was chosen, edge cases and all."""
     read_rate: float
@@ -115,6 +117,7 @@ def tokenize_sample(
         sources=tuple(_source(n, places, hashing, seconds, corpus) for n in range(len(config.sources))),
         engine=tokenizing.calls[0].result.engine,
         reason=choice.reason,
+        tokenizer_bytes=sum(map(len, tokenizer.files.values())),
         choose_seconds=chosen - started,
         read_rate=sum(place.bytes for place in places) / max(1e-9, sum(call.result[1] for call in hashing.calls)),
         hashing=hashing,
