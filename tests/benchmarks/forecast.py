@@ -54,8 +54,9 @@ def main() -> None:
         mix.write_text(json.dumps(_mix(folder, home, said.engine)))
         predicted.append(simulated(mix, settings, said.workers))
         real.append(packed(mix, folder, home, said.workers))
-        print(f"run {number + 1}: predicted {predicted[-1]['forecast']['seconds']:.2f} s, "
-              f"took {real[-1].seconds:.2f} s, {real[-1].cpu_seconds:.2f} s of processors", file=sys.stderr)  # fmt: skip
+        foreseen, took = predicted[-1]["forecast"]["seconds"], real[-1]
+        times = f"predicted {foreseen:.2f} s, took {took.seconds:.2f} s, {took.cpu_seconds:.2f} s of processors"
+        print(f"run {number + 1}: {times}", file=sys.stderr)
         shutil.rmtree(home)
     print(f"{machine()}; {said.workers} workers; {predicted[0]['measured']['rates']['engine']}; {settings}\n")
     print(table(["", "predicted", "measured", "predicted / measured"], list(_rows(predicted, real))))
@@ -99,7 +100,9 @@ def _mix(folder: Path, home: Path, engine: str) -> dict[str, Any]:
 
 def simulated(mix: Path, settings: str, workers: int) -> dict[str, Any]:
     command = [*LLMT_PREP, "pack", "--mix", mix, "--dry-run", "--simulate", settings, "--json", "--workers", workers]
-    done = subprocess.run([str(each) for each in command], check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    done = subprocess.run(
+        [str(each) for each in command], check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
     return json.loads(done.stdout)
 
 

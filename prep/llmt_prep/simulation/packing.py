@@ -31,8 +31,8 @@ class PackTrial(NamedTuple):
     """Places for tokens in the rows of the shards that were gathered, padding too."""
     finish_seconds: float
     """Of writing what is not tokens: a run does it once."""
-    companions: int
-    """Bytes of tokenizer, mix, ledger and metadata."""
+    companions: float
+    """Bytes of tokenizer, mix, ledger and metadata, their lines in the manifest too."""
     manifest_entry: float
     """Bytes for each file in the manifest."""
     quarantine_line: float
@@ -120,12 +120,13 @@ def _measured(
     sizes = {path.relative_to(data).as_posix(): path.stat().st_size for path in data.rglob("*") if path.is_file()}
     manifest, quarantine = sizes.pop(NAME), sizes.pop("quarantine.jsonl")
     chunks = sum(path.stat().st_size for path in totals.sha256)
+    entry = manifest / len(sizes)
     return PackTrial(
         gathering=gathering,
         places=places,
         finish_seconds=seconds,
-        companions=sum(sizes.values()) - chunks,
-        manifest_entry=manifest / len(sizes),
+        companions=sum(sizes.values()) - chunks + entry * (len(sizes) - len(totals.sha256)),
+        manifest_entry=entry,
         quarantine_line=quarantine / max(1, sum(each.quarantined for each in trial.sources)),
         list_bytes=(data.parent / "corpus.json").stat().st_size / len(trial.corpus.units),
     )

@@ -58,7 +58,7 @@ class Scenario(StrictModel):
     @classmethod
     def conflicts(cls, given: Mapping[str, Any]) -> Iterable[str]:
         """A corpus has one size."""
-        said = [key for key in ("documents", "bytes", "tokens") if key in given]
+        said = [key for key in ("documents", "bytes", "tokens") if given.get(key) is not None]
         if len(said) > 1:
             yield f"says {' and '.join(said)}; a corpus has one size: give one of them"
 

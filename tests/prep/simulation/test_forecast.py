@@ -43,7 +43,9 @@ def test_disk_is_linear_in_documents(documents: int, times: int) -> None:
 
 @settings(max_examples=10)
 @given(st.integers(10**6, 10**11), st.integers(1, 500), st.integers(2, 64))
-def test_twice_the_machines_or_cores_never_take_longer_once_they_work(documents: int, machines: int, cores: int) -> None:
+def test_twice_the_machines_or_cores_never_take_longer_once_they_work(
+    documents: int, machines: int, cores: int
+) -> None:
     def seconds(cluster: Cluster) -> float:
         found = forecast({"documents": documents}, cluster)
         return found.seconds - sum(stage.startup for stage in found.stages)

@@ -47,7 +47,9 @@ def test_all_mistakes_come_at_once_with_the_nearest_key() -> None:
     assert raised.value.exit_code == 2
 
 
-@pytest.mark.parametrize("text", ["documents=0", "machines=0", "cores=0.5", "documents=1e400", "tokens=nan", "sample=0"])
+@pytest.mark.parametrize(
+    "text", ["documents=0", "machines=0", "cores=0.5", "documents=1e400", "tokens=nan", "sample=0"]
+)
 def test_a_number_that_makes_no_sense_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="wanted"):
         parse_scenario(text)

@@ -20,9 +20,7 @@ works = st.builds(
     is_shared=st.booleans(),
 )
 rates = st.none() | st.floats(1, 1e12)
-clusters = st.builds(
-    Cluster, machines=st.integers(1, 10**5), cores=st.integers(1, 512), disk=rates, network=rates
-)
+clusters = st.builds(Cluster, machines=st.integers(1, 10**5), cores=st.integers(1, 512), disk=rates, network=rates)
 
 
 @given(works, clusters, st.sampled_from(["machines", "cores"]))
