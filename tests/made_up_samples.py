@@ -8,7 +8,7 @@ from llmt_prep.config import MixConfig
 from llmt_prep.simulation.forecast import Corpus
 from llmt_prep.simulation.rates import Rates
 from llmt_prep.simulation.sample import Extent
-from llmt_prep.simulation.tokenizing import Documents, SourceTrial
+from llmt_prep.simulation.tokenize_trial import Documents, SourceTrial
 
 CAPACITY = 512
 

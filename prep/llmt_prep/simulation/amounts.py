@@ -15,7 +15,7 @@ from llmt_prep.order import Documents as Piece
 from llmt_prep.packing import Overflow, landing
 from llmt_prep.simulation.sample import Extent
 from llmt_prep.simulation.settings import Scenario
-from llmt_prep.simulation.tokenizing import Documents, SourceTrial
+from llmt_prep.simulation.tokenize_trial import Documents, SourceTrial
 from llmt_shared.config import StrictModel
 
 _LOTS = 1 << 20
@@ -136,10 +136,9 @@ def train_size(
     return _split_size(config, [each.epochs * trainable(config, size) for each, size in parts], samples)
 
 
-def validation_size(config: MixConfig, sizes: Sequence[SourceSize], samples: Sequence[Documents]) -> SplitSize | None:
-    """Return what the rows for validation hold; nothing where fewer than one document is held out."""
-    held_out = [size.documents * config.holdout.fraction for size in sizes]
-    return _split_size(config, held_out, samples) if sum(held_out) >= 1 else None
+def validation_size(config: MixConfig, sizes: Sequence[SourceSize], samples: Sequence[Documents]) -> SplitSize:
+    """Return what the rows for validation hold, which may be nothing."""
+    return _split_size(config, [size.documents * config.holdout.fraction for size in sizes], samples)
 
 
 def _split_size(config: MixConfig, documents: Sequence[float], samples: Sequence[Documents]) -> SplitSize:

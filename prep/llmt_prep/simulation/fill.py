@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from llmt_prep.config import MixConfig
 from llmt_prep.packing import Pieces, pack_windows, row_tokens, split_documents
 from llmt_prep.simulation.amounts import cut
-from llmt_prep.simulation.tokenizing import Documents
+from llmt_prep.simulation.tokenize_trial import Documents
 
 FEWEST_WINDOWS = 8
 MOST_DOCUMENTS = 1 << 22

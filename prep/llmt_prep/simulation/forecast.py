@@ -23,7 +23,7 @@ from llmt_prep.simulation.rates import Rates
 from llmt_prep.simulation.sample import Extent
 from llmt_prep.simulation.settings import Scenario
 from llmt_prep.simulation.timing import Cluster, Stage, Work, time_of
-from llmt_prep.simulation.tokenizing import SourceTrial
+from llmt_prep.simulation.tokenize_trial import SourceTrial
 from llmt_shared.config import StrictModel
 
 
@@ -113,7 +113,8 @@ def contents(config: MixConfig, corpus: Corpus, scenario: Scenario) -> Contents:
     samples = [trial.documents for trial in corpus.trials]
     mixture = mix(config, sizes, samples)
     splits = {"train": train_size(config, sizes, samples, mixture)}
-    if (held_out := validation_size(config, sizes, samples)) is not None:
+    held_out = validation_size(config, sizes, samples)
+    if sum(held_out.documents) >= 1 and held_out.tokens:
         splits["validation"] = held_out
     return Contents(factor, config, sizes, mixture, splits)
 
@@ -129,25 +130,11 @@ def predict(config: MixConfig, corpus: Corpus, rates: Rates, scenario: Scenario,
         cluster: what it is packed on.
     """
     found = contents(config, corpus, scenario)
-    samples = [trial.documents for trial in corpus.trials]
-    splits, disks = {}, {}
-    for name, split in found.splits.items():
-        fill = pack_drawn(found.config, samples, split.documents)
-        rows = fill.rows_for(split.tokens, config.sequence.length)
-        disks[name] = split_disk(config, rows, split.segments, split.spans, rates.itemsize)
-        splits[name] = SplitForecast(
-            documents=round(sum(split.documents)),
-            tokens=split.tokens,
-            segments=split.segments,
-            rows=rows,
-            fill=split.tokens / (rows * config.sequence.length),
-            fill_measured_on=fill.documents,
-            fill_is_stable=fill.is_stable,
-            shards=disks[name].shards,
-            disk=disks[name].arrays,
-        )
+    packed = {name: _packed(split, found.config, corpus, rates.itemsize) for name, split in found.splits.items()}
+    splits = {name: forecast for name, (forecast, _) in packed.items()}
+    disks = {name: disk for name, (_, disk) in packed.items()}
     works = _works(config, corpus, found, splits, disks, rates)
-    stages = tuple(time_of(work, _cluster_of(work, cluster, found.sizes)) for work in works)
+    stages = tuple(time_of(work, cluster) for work in works)
     return Forecast(
         factor=found.factor,
         scaled_settings=tuple(amounts_scaled(config)),
@@ -160,6 +147,24 @@ def predict(config: MixConfig, corpus: Corpus, rates: Rates, scenario: Scenario,
         stages=stages,
         seconds=sum(stage.seconds for stage in stages),
     )
+
+
+def _packed(split: SplitSize, config: MixConfig, corpus: Corpus, itemsize: int) -> tuple[SplitForecast, SplitDisk]:
+    fill = pack_drawn(config, [trial.documents for trial in corpus.trials], split.documents)
+    rows = fill.rows_for(split.tokens, config.sequence.length)
+    disk = split_disk(config, rows, split.segments, split.spans, itemsize)
+    forecast = SplitForecast(
+        documents=round(sum(split.documents)),
+        tokens=split.tokens,
+        segments=split.segments,
+        rows=rows,
+        fill=split.tokens / (rows * config.sequence.length),
+        fill_measured_on=fill.documents,
+        fill_is_stable=fill.is_stable,
+        shards=disk.shards,
+        disk=disk.arrays,
+    )
+    return forecast, disk
 
 
 def _sources(config: MixConfig, found: Contents) -> dict[str, SourceForecast]:
@@ -192,12 +197,6 @@ def _memory(units: int, rates: Rates, cluster: Cluster) -> Memory:
     return Memory(coordinator=coordinator, worker=worker, machine=coordinator + cluster.cores * worker)
 
 
-def _cluster_of(work: Work, cluster: Cluster, sizes: Sequence[SourceSize]) -> Cluster:
-    """Little input is hashed by the coordinator alone."""
-    is_alone = work.name == "hash" and sum(size.bytes for size in sizes) <= IN_PROCESS_BYTES
-    return cluster.model_copy(update={"machines": 1, "cores": 1}) if is_alone else cluster
-
-
 def _works(
     config: MixConfig,
     corpus: Corpus,
@@ -215,6 +214,7 @@ def _works(
         longest=max(size.largest_file for size in found.sizes) / rates.hash,
         moved=given,
         startup=rates.hash_start,
+        is_shared=given > IN_PROCESS_BYTES,
     )
     gathers = [_gather(name, split, disks[name], units, config, rates) for name, split in splits.items()]
     sidecars = sum(disk.sidecars for disk in disks.values())

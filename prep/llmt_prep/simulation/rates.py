@@ -4,9 +4,9 @@ import subprocess
 import sys
 import time
 
-from llmt_prep.simulation.packing import PackTrial
+from llmt_prep.simulation.pack_trial import PackTrial
 from llmt_prep.simulation.replica import PlanRates
-from llmt_prep.simulation.tokenizing import TokenizeTrial
+from llmt_prep.simulation.tokenize_trial import TokenizeTrial
 from llmt_shared.config import StrictModel
 
 _IMPORTS = "import llmt_prep.cli, llmt_prep.pipeline"

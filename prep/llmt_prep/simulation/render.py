@@ -9,6 +9,7 @@ from llmt_prep.simulation.timing import Cluster
 
 _MANY_UNITS = 200_000
 """Units whose list alone is felt in every process."""
+_FEW_DOCUMENTS = 1000
 
 
 def render(simulation: Simulation) -> str:
@@ -70,6 +71,12 @@ def _doubts(measured: Measured, forecast: Forecast) -> Iterator[str]:
         yield f"the engine is tokenizers, because {measured.engine_reason}"
     if worst := max((each.documents_error or 0.0 for each in measured.sources.values()), default=0.0):
         yield f"documents for each byte vary from unit to unit: their standard error is up to {percent(worst)}"
+    held_out = forecast.splits.get("validation")
+    if held_out is not None and held_out.documents < _FEW_DOCUMENTS:
+        yield (
+            f"about {count(held_out.documents)} documents are held out: which ones, and so how many and how long, is "
+            f"chance, and the rows of validation may be quite different"
+        )
     if measured.rates.workers < measured.workers_wanted:
         yield (
             f"the sample kept {measured.rates.workers} of {measured.workers_wanted} workers busy: each was alone with "

@@ -31,8 +31,8 @@ from llmt_prep.shards import SplitTask, finish_split, write_shard
 from llmt_prep.simulation.amounts import SourceSize
 from llmt_prep.simulation.clocks import peak_of_block
 from llmt_prep.simulation.fill import draw
-from llmt_prep.simulation.packing import once_each
-from llmt_prep.simulation.tokenizing import Documents, TokenizeTrial
+from llmt_prep.simulation.pack_trial import in_epochs
+from llmt_prep.simulation.tokenize_trial import Documents, TokenizeTrial
 from llmt_prep.store import COUNTED, UnitMeta, open_unit
 from llmt_prep.tokenizer import LoadedTokenizer
 
@@ -87,7 +87,7 @@ def plan_replica(
     counts = _documents(sizes, list(epochs.values()), samples)
     per_unit = [max(1, len(each.documents.length) // each.units) for each in trial.sources]
     corpus = write_store(folder / "units", samples, counts, per_unit, trial.config.seed)
-    config = once_each(trial.config, epochs).model_copy(update={"holdout": trial.config.holdout})
+    config = in_epochs(trial.config, epochs).model_copy(update={"holdout": trial.config.holdout})
     best_fit_decreasing(np.ones(MOST_DOCUMENTS, np.int32), 2)  # loads the loops before the clock runs
     with peak_of_block() as peak:
         started = time.monotonic()

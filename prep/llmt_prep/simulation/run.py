@@ -12,13 +12,13 @@ from llmt_prep.config import MixConfig
 from llmt_prep.executor import usable_cpus
 from llmt_prep.inputs import InputFile, list_files
 from llmt_prep.simulation.forecast import Corpus, Forecast, contents, predict
-from llmt_prep.simulation.packing import pack_sample
+from llmt_prep.simulation.pack_trial import pack_sample
 from llmt_prep.simulation.rates import Rates, measured_rates, seconds_to_import
 from llmt_prep.simulation.replica import join_rate, plan_replica
 from llmt_prep.simulation.sample import Extent, draw_units, extents
 from llmt_prep.simulation.settings import Scenario
 from llmt_prep.simulation.timing import Cluster
-from llmt_prep.simulation.tokenizing import SourceTrial, TokenizeTrial, tokenize_sample
+from llmt_prep.simulation.tokenize_trial import SourceTrial, TokenizeTrial, tokenize_sample
 from llmt_prep.store import token_dtype
 from llmt_prep.tokenizer import LoadedTokenizer
 from llmt_shared.config import StrictModel

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from llmt_prep.config import MixConfig
 from llmt_prep.packing import pack
 from llmt_prep.simulation.fill import Fill, draw, pack_drawn
-from llmt_prep.simulation.tokenizing import Documents
+from llmt_prep.simulation.tokenize_trial import Documents
 
 CAPACITY = 1024
 

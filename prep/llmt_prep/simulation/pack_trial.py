@@ -7,12 +7,13 @@ from typing import NamedTuple
 from llmt_prep import corpus as corpora
 from llmt_prep import finish
 from llmt_prep.config import HoldoutConfig, MixConfig, resolved
+from llmt_prep.corpus import Corpus
 from llmt_prep.ledger import Ledger, source_ledgers
 from llmt_prep.rows import load_rows, write_rows
 from llmt_prep.selection import Selected, select, windows_of_splits
 from llmt_prep.shards import SplitTask, Totals, finish_split, num_shards, rows_per_shard, write_shard
 from llmt_prep.simulation.clocks import Clocked, clocked
-from llmt_prep.simulation.tokenizing import TokenizeTrial
+from llmt_prep.simulation.tokenize_trial import TokenizeTrial
 from llmt_prep.store import token_dtype
 from llmt_prep.tokenizer import LoadedTokenizer
 from llmt_shared.manifest import NAME, SplitEntry
@@ -41,7 +42,7 @@ class PackTrial(NamedTuple):
     """For each unit, of the list of units that workers read."""
 
 
-def once_each(config: MixConfig, epochs: dict[str, float]) -> MixConfig:
+def in_epochs(config: MixConfig, epochs: dict[str, float]) -> MixConfig:
     """Return the mix with so many epochs of each source, and nothing held out."""
     sources = {
         name: said.model_copy(update={"weight": None, "tokens": None, "epochs": epochs[name]})
@@ -69,25 +70,28 @@ def pack_sample(
     shard = min(trial.config.shard_size, _SHARD_BYTES, _MOST_BYTES // (_SHARDS_PER_WORKER * workers))
     wanted = _SHARDS_PER_WORKER * workers * shard / dtype.itemsize
     epochs = max(1.0, wanted / max(1, sum(each.tokens for each in trial.sources)))
-    config = once_each(trial.config, dict.fromkeys(trial.config.sources, epochs))
-    corpora.save(trial.corpus, folder / "corpus.json")
+    config = in_epochs(trial.config, dict.fromkeys(trial.config.sources, epochs))
     selected = select(config, trial.corpus)
-    windows, sequence = windows_of_splits(config, trial.corpus, selected)["train"], config.sequence
-    rows = folder / "rows" / "train"
-    write_rows(rows, windows, trial.corpus, sequence.length, sequence.overflow, config.packing.carry)
-    num_rows = load_rows(rows).num_rows
-    per_shard = rows_per_shard(num_rows, sequence.length, dtype.itemsize, shard)
-    task = SplitTask(
-        str(folder), "train", len(config.sources), sequence.length, per_shard, dtype.name, config.seed, config.kind
-    )
+    num_rows = _plan(config, trial.corpus, selected, folder)
+    length, num_sources = config.sequence.length, len(config.sources)
+    per_shard = rows_per_shard(num_rows, length, dtype.itemsize, shard)
+    task = SplitTask(str(folder), "train", num_sources, length, per_shard, dtype.name, config.seed, config.kind)
     tasks = [(task, number, num_segments) for number in range(num_shards(num_rows, per_shard))]
     gathering = clocked("gather", write_shard, tasks, tasks[: max(1, min(workers, len(tasks) // 2))])
     totals = finish_split(task)
     started = time.monotonic()
-    ledger = _ledger(config, trial, selected, rows, totals)
+    ledger = _ledger(config, trial, selected, task.plan_directory, totals)
     _finish(config, trial, tokenizer, ledger, folder / "data", totals)
     seconds = time.monotonic() - started
-    return _measured(folder / "data", gathering, num_rows * sequence.length, seconds, trial, totals)
+    return _measured(folder / "data", gathering, num_rows * length, seconds, trial, totals)
+
+
+def _plan(config: MixConfig, corpus: Corpus, selected: Selected, folder: Path) -> int:
+    """Write the plan; returns its rows."""
+    corpora.save(corpus, folder / "corpus.json")
+    windows, rows = windows_of_splits(config, corpus, selected)["train"], folder / "rows" / "train"
+    write_rows(rows, windows, corpus, config.sequence.length, config.sequence.overflow, config.packing.carry)
+    return load_rows(rows).num_rows
 
 
 def _ledger(config: MixConfig, trial: TokenizeTrial, selected: Selected, rows: Path, totals: Totals) -> Ledger:
