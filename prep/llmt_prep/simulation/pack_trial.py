@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from llmt_prep import corpus as corpora
 from llmt_prep import finish
-from llmt_prep.config import HoldoutConfig, MixConfig, resolved
+from llmt_prep.config import HoldoutConfig, Kind, MixConfig, resolved
 from llmt_prep.corpus import Corpus
 from llmt_prep.ledger import Ledger, source_ledgers
 from llmt_prep.rows import load_rows, write_rows
@@ -73,9 +73,9 @@ def pack_sample(
     config = in_epochs(trial.config, dict.fromkeys(trial.config.sources, epochs))
     selected = select(config, trial.corpus)
     num_rows = _plan(config, trial.corpus, selected, folder)
-    length, num_sources = config.sequence.length, len(config.sources)
+    length = config.sequence.length
     per_shard = rows_per_shard(num_rows, length, dtype.itemsize, shard)
-    task = SplitTask(str(folder), "train", num_sources, length, per_shard, dtype.name, config.seed, config.kind)
+    task = train_task(folder, len(config.sources), length, per_shard, dtype.name, config.kind)
     tasks = [(task, number, num_segments) for number in range(num_shards(num_rows, per_shard))]
     gathering = clocked("gather", write_shard, tasks, tasks[: max(1, min(workers, len(tasks) // 2))])
     totals = finish_split(task)
@@ -84,6 +84,11 @@ def pack_sample(
     _finish(config, trial, tokenizer, ledger, folder / "data", totals)
     seconds = time.monotonic() - started
     return _measured(folder / "data", gathering, num_rows * length, seconds, trial, totals)
+
+
+def train_task(folder: Path, num_sources: int, length: int, per_shard: int, dtype: str, kind: Kind) -> SplitTask:
+    """Return what the shards of a trial share, whose plan is in the folder."""
+    return SplitTask(str(folder), "train", num_sources, length, per_shard, dtype, seed=0, kind=kind)
 
 
 def _plan(config: MixConfig, corpus: Corpus, selected: Selected, folder: Path) -> int:

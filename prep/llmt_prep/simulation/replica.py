@@ -27,11 +27,11 @@ from llmt_prep.order import Documents as Piece
 from llmt_prep.packing import best_fit_decreasing
 from llmt_prep.rows import load_rows, write_rows
 from llmt_prep.selection import Selected, select, windows_of_splits
-from llmt_prep.shards import SplitTask, finish_split, write_shard
+from llmt_prep.shards import finish_split, write_shard
 from llmt_prep.simulation.amounts import SourceSize
 from llmt_prep.simulation.clocks import peak_of_block
 from llmt_prep.simulation.fill import draw
-from llmt_prep.simulation.pack_trial import in_epochs
+from llmt_prep.simulation.pack_trial import in_epochs, train_task
 from llmt_prep.simulation.tokenize_trial import Documents, TokenizeTrial
 from llmt_prep.store import COUNTED, UnitMeta, open_unit
 from llmt_prep.tokenizer import LoadedTokenizer
@@ -126,7 +126,7 @@ def join_rate(config: MixConfig, folder: Path) -> float:
     length = 4096
     write_rows(folder / "rows" / "train", iter([everything]), corpus, length, "split", 0.0)
     num_rows = load_rows(folder / "rows" / "train").num_rows
-    task = SplitTask(str(folder), "train", 1, length, num_rows, "uint16", 0, "pretrain")
+    task = train_task(folder, 1, length, num_rows, "uint16", "pretrain")
     write_shard(task, 0)
     seconds = []
     for _ in range(3):
