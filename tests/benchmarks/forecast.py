@@ -93,7 +93,7 @@ def _split(path: Path, folder: Path) -> None:
 def _mix(folder: Path, home: Path, engine: str) -> dict[str, Any]:
     return {
         "output": str(home / "dataset"), "cache": str(home / "cache"), "tokenizer": str(folder / "tokenizer"),
-        "engine": engine, "sequence": {"length": LENGTH}, "holdout": {"fraction": 0.01},
+        "engine": engine, "sequence": {"length": LENGTH}, "holdout": {"fraction": 0.02},
         "sources": {"all": {"path": str(folder / "text")}},
     }  # fmt: skip
 
