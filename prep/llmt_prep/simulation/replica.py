@@ -17,12 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmt_prep import corpus as corpora
-from llmt_prep import finish
-from llmt_prep.config import MixConfig, resolved
+from llmt_prep.config import MixConfig
 from llmt_prep.corpus import Corpus, UnitEntry
 from llmt_prep.ingest import place_units
 from llmt_prep.inputs import Inputs
-from llmt_prep.ledger import Ledger, source_ledgers
+from llmt_prep.ledger import source_ledgers
 from llmt_prep.order import Documents as Piece
 from llmt_prep.packing import best_fit_decreasing
 from llmt_prep.rows import load_rows, write_rows
@@ -33,7 +32,7 @@ from llmt_prep.simulation.clocks import peak_of_block
 from llmt_prep.simulation.fill import draw
 from llmt_prep.simulation.pack_trial import in_epochs, train_task
 from llmt_prep.simulation.tokenize_trial import Documents, TokenizeTrial
-from llmt_prep.store import COUNTED, UnitMeta, open_unit
+from llmt_prep.store import COUNTED, UnitMeta, open_unit, read_quarantine
 from llmt_prep.tokenizer import LoadedTokenizer
 
 MOST_DOCUMENTS = 1_000_000
@@ -44,6 +43,7 @@ _AT_LEAST = 1000
 """Documents of each source, however small its part is: of few, none may fit a row, or all be held out."""
 _COUNTED_UNITS = 500
 _TINY_DOCUMENTS = 1_000_000
+_TRIES = 3
 
 
 class PlanRates(NamedTuple):
@@ -78,7 +78,7 @@ def plan_replica(
 
     Args:
         trial: the tokenized sample.
-        tokenizer: for the books.
+        tokenizer: names the units.
         sizes: of the simulated sources.
         epochs: of them, as the mixture gives them.
         folder: for what is written.
@@ -98,17 +98,14 @@ def plan_replica(
             write_rows(rows, windows, corpus, sequence.length, sequence.overflow, config.packing.carry)
         planned = time.monotonic()
     corpora.save(corpus, folder / "corpus.json")
-    saved = time.monotonic()
-    num_units = len(corpus.units)
-    finish_seconds = _finish_seconds(config, trial, tokenizer, corpus, selected, folder)
     tokenize_seconds, unit_memory = _unit_costs(trial, tokenizer, folder)
     load_seconds, entry_memory = _load_costs(corpus, folder / "corpus.json")
     return PlanRates(
         documents=corpus.num_documents,
         plan_seconds=(planned - started) / corpus.num_documents,
         peak=peak[0],
-        tokenize_seconds=tokenize_seconds + (saved - planned) / num_units,
-        finish_seconds=finish_seconds / num_units,
+        tokenize_seconds=tokenize_seconds,
+        finish_seconds=_finish_costs(config, corpus, selected, folder),
         load_seconds=load_seconds,
         unit_memory=unit_memory,
         entry_memory=entry_memory,
@@ -129,7 +126,7 @@ def join_rate(config: MixConfig, folder: Path) -> float:
     task = train_task(folder, 1, length, num_rows, "uint16", "pretrain")
     write_shard(task, 0)
     seconds = []
-    for _ in range(3):
+    for _ in range(_TRIES):
         started = time.monotonic()
         finish_split(task)
         seconds.append(time.monotonic() - started)
@@ -193,23 +190,17 @@ def _documents(sizes: Sequence[SourceSize], epochs: Sequence[float], samples: Se
     return [max(few, round(part * size.documents)) for few, size in zip(least, sizes, strict=True)]
 
 
-def _finish_seconds(
-    config: MixConfig,
-    trial: TokenizeTrial,
-    tokenizer: LoadedTokenizer,
-    corpus: Corpus,
-    selected: Selected,
-    folder: Path,
-) -> float:
+def _finish_costs(config: MixConfig, corpus: Corpus, selected: Selected, folder: Path) -> float:
+    """Seconds for each unit: of the ledger, the list of files, the quarantine and the report, without their writing."""
     tallies = {"train": load_rows(folder / "rows" / "train").tallies}
-    nothing = {"train": [0] * corpus.num_sources}
-    mix, once = resolved(config, {}, None), dict.fromkeys(range(corpus.num_sources), 1)
-    started = time.monotonic()
-    ledger = Ledger(sources=source_ledgers(config, corpus, selected, once, tallies, nothing), splits={})
-    finish.write_companions(folder / "data", mix, tokenizer, ledger, [], corpus)
-    for unit in range(len(corpus.units)):
-        assert corpus.open_unit(unit).meta  # the report asks for the engine of each
-    return time.monotonic() - started
+    nothing, once = {"train": [0] * corpus.num_sources}, dict.fromkeys(range(corpus.num_sources), 1)
+
+    def know() -> object:
+        ledgers = source_ledgers(config, corpus, selected, once, tallies, nothing)
+        metas = [corpus.open_unit(unit).meta for _ in ("files", "report") for unit in range(len(corpus.units))]
+        return ledgers, metas, [list(read_quarantine(Path(unit.directory))) for unit in corpus.units]
+
+    return _costs(know, len(corpus.units))[0]
 
 
 def _unit_costs(trial: TokenizeTrial, tokenizer: LoadedTokenizer, folder: Path) -> tuple[float, float]:
@@ -228,7 +219,9 @@ def _unit_costs(trial: TokenizeTrial, tokenizer: LoadedTokenizer, folder: Path) 
 def _load_costs(corpus: Corpus, path: Path) -> tuple[float, float]:
     """Seconds and bytes for each unit: of a worker that reads where the units are."""
     content = path.read_bytes()
-    copies = (path.with_name(f"copy-{number}.json") for number in range(2))  # what is loaded once is not loaded again
+    copies = (
+        path.with_name(f"copy-{number}.json") for number in range(_TRIES + 1)
+    )  # what is loaded once is not loaded again
 
     def load() -> object:
         copy = next(copies)
@@ -239,9 +232,12 @@ def _load_costs(corpus: Corpus, path: Path) -> tuple[float, float]:
 
 
 def _costs(call: Callable[[], object], count: int) -> tuple[float, float]:
-    started = time.monotonic()
-    call()
-    seconds = time.monotonic() - started
+    """Seconds and bytes for each of ``count`` things that a call is about."""
+    seconds = []  # the least counts: what a busy machine adds to so little would be multiplied by millions
+    for _ in range(_TRIES):
+        started = time.monotonic()
+        call()
+        seconds.append(time.monotonic() - started)
     tracemalloc.start()
     try:
         kept = call()
@@ -249,4 +245,4 @@ def _costs(call: Callable[[], object], count: int) -> tuple[float, float]:
     finally:
         tracemalloc.stop()
     assert kept is not None
-    return seconds / count, size / count
+    return min(seconds) / count, size / count

@@ -23,7 +23,8 @@ from llmt_prep.store import token_dtype
 from llmt_prep.tokenizer import LoadedTokenizer
 from llmt_shared.config import StrictModel
 
-_MANY_FILES = 10_000
+_LISTINGS, _LISTING_SECONDS = 5, 0.5
+"""Files are found so often, or for so long: what is done for the first time is not done for every file."""
 
 
 class SourceSample(StrictModel):
@@ -114,12 +115,12 @@ def simulate(
 
 def _listed(config: MixConfig) -> tuple[list[InputFile], float]:
     """All input files, and the seconds to find one."""
-    started = time.monotonic()
-    files, _ = list_files(config, cache_of(config))
-    if len(files) < _MANY_FILES:
-        started = time.monotonic()  # what was done for the first time is not done for every file
-        list_files(config, cache_of(config))
-    return files, (time.monotonic() - started) / len(files)
+    seconds: list[float] = []
+    while not seconds or (sum(seconds) < _LISTING_SECONDS and len(seconds) < _LISTINGS):
+        started = time.monotonic()
+        files, _ = list_files(config, cache_of(config))
+        seconds.append(time.monotonic() - started)
+    return files, min(seconds) / len(files)
 
 
 def _rates(
