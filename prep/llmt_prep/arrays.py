@@ -50,6 +50,12 @@ def write_metadata(path: Path, shape: tuple[int, ...], chunk_shape: tuple[int, .
     _write_json(path / "zarr.json", meta)
 
 
+def column_bytes(length: int, itemsize: int) -> int:
+    """Return the bytes of a one-dimensional array's chunk files; of ``width`` columns, ``itemsize`` is a row's."""
+    size = max(1, min(length, COLUMN_CHUNK))
+    return -(-length // size) * (size * itemsize + 4)
+
+
 class ChunkWriter:
     """A chunk file that is being written; `writing_chunk` gives one."""
 

@@ -51,6 +51,15 @@ def pack(
         list[str] | None, typer.Argument(help="Settings that win over the file: key.sub=value.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    simulate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY=VALUE,..",
+            help="With --dry-run, which it implies: what a corpus of another size would take on other machines, from a "
+            "measured sample. Keys: documents, bytes or tokens; machines, cores, disk, network; sample.",
+            show_default=False,
+        ),
+    ] = None,
     explain_cache: Annotated[
         bool,
         typer.Option("--explain-cache", help="Print what the cache holds of it, and why not the rest; pack nothing."),
@@ -65,6 +74,8 @@ def pack(
     Examples:
 
         llmt-prep pack --mix configs/mix/pretrain.yaml --dry-run
+
+        llmt-prep pack --mix mix.yaml --dry-run --simulate documents=1e10,machines=64,cores=32,disk=2GB/s
 
         llmt-prep pack --mix mix.yaml --explain-cache
 
@@ -81,8 +92,11 @@ def pack(
     from llmt_shared.config import load_config
     from llmt_shared.errors import ConfigError
 
-    if dry_run and explain_cache:
+    if (dry_run or simulate is not None) and explain_cache:
         raise ConfigError("--dry-run and --explain-cache answer different questions; give one of them")
+    if simulate is not None:
+        typer.echo(_simulated(mix, overrides or [], simulate, workers, as_json))
+        return
     config = load_config(mix, MixConfig, overrides or [])
     with stoppable(START_AGAIN if dry_run or explain_cache else RESUME):
         if explain_cache:
@@ -290,6 +304,21 @@ def extend(
     wanted = [*(tokens or ()), *(read_tokens(tokens_file) if tokens_file else ())]
     extended = extend_tokenizer(tokenizer, wanted, out, pad_token, special_tokens or (), as_added_token)
     typer.echo(render_extended(extended, out, as_json))
+
+
+def _simulated(mix: Path, overrides: list[str], asked: str, workers: int | None, as_json: bool) -> str:
+    from llmt_prep.config import MixConfig
+    from llmt_prep.pipeline import simulate
+    from llmt_prep.report import as_json as to_json
+    from llmt_prep.simulation import parse_scenario
+    from llmt_prep.simulation.render import render
+    from llmt_prep.stopping import START_AGAIN, stoppable
+    from llmt_shared.config import load_config
+
+    config, scenario = load_config(mix, MixConfig, overrides), parse_scenario(asked)
+    with stoppable(START_AGAIN):
+        found = simulate(config, scenario, workers=workers)
+    return to_json(found) if as_json else render(found)
 
 
 def _cache_folder(folder: Path | None, mix: Path | None) -> Path:

@@ -84,7 +84,7 @@ def tokenize_inputs(
     Raises:
         DataError: more bad records than `max_bad`, damaged input.
     """
-    shelved = _shelve_tokenizer(config, cache, tokenizer)
+    shelved = shelve_tokenizer(config, cache, tokenizer)
     places = place_units(config, inputs, tokenizer, known or cache)
     inexact = inexact_engines(tokenizer_directory(known or cache, tokenizer.digest))
     places = _reusable(places, cache, unusable_units(places, inexact, executor), inexact)
@@ -145,8 +145,8 @@ def _settings(
     return chat_settings(with_formats(config, inputs), tokenizer)
 
 
-def _shelve_tokenizer(config: MixConfig, cache: Path, tokenizer: LoadedTokenizer) -> Shelved:
-    """Put the tokenizer's files where every worker can load them."""
+def shelve_tokenizer(config: MixConfig, cache: Path, tokenizer: LoadedTokenizer) -> Shelved:
+    """Put the tokenizer's files where every worker can load them, and hold it in this process."""
     folder = tokenizer_directory(cache, tokenizer.digest)
     for name, content in tokenizer.files.items():
         if not (folder / name).exists() or (folder / name).read_bytes() != content:

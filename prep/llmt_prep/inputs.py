@@ -75,7 +75,7 @@ def find_inputs(config: MixConfig, cache: Path, executor: Executor, *, rehash: b
         ConfigError: a pattern matches nothing, a file cannot be read, or it is one that packing itself writes.
         DataError: a file is broken, or changes while it is read.
     """
-    files, commits = _find_files(config, cache)
+    files, commits = list_files(config, cache)
     readings = [reading_of(config, source) for source in config.sources.values()]
     jobs = [_job(file, readings[file.source].reader, config.unit_size) for file in files]
     hashes = hash_inputs(jobs, cache / HASHES, executor, rehash=rehash, remember=remember)
@@ -83,8 +83,12 @@ def find_inputs(config: MixConfig, cache: Path, executor: Executor, *, rehash: b
     return Inputs(hashed, tuple(_units(jobs, hashes)), commits)
 
 
-def _find_files(config: MixConfig, cache: Path) -> tuple[list[InputFile], dict[str, str]]:
-    """Files without hashes, and the commits of hub datasets by source name."""
+def list_files(config: MixConfig, cache: Path) -> tuple[list[InputFile], dict[str, str]]:
+    """Return all input files without their hashes, and the commits of hub datasets by source name.
+
+    Raises:
+        ConfigError: as `find_inputs`.
+    """
     found: list[tuple[int, Path, str]] = []
     commits: dict[str, str] = {}
     for index, (name, source) in enumerate(config.sources.items()):
@@ -107,11 +111,11 @@ def _units(jobs: Sequence[Job], hashes: Sequence[FileHashes]) -> Iterator[InputU
     for index, (job, each) in enumerate(zip(jobs, hashes, strict=True)):
         for number, (start, stop, content) in enumerate(each.units):
             unit = Unit(job.file.path, job.reader, start, stop)
-            yield InputUnit(index, unit, content, _span(unit, job.file.bytes, number, len(each.units)))
+            yield InputUnit(index, unit, content, span_of(unit, job.file.bytes, number, len(each.units)))
 
 
-def _span(unit: Unit, size: int, number: int, num_units: int) -> tuple[int, int]:
-    """Bytes of a file that its unit ``number`` reads; those of a Parquet file are shared among its units."""
+def span_of(unit: Unit, size: int, number: int, num_units: int) -> tuple[int, int]:
+    """Return the bytes of a file that its unit ``number`` reads; those of a Parquet file are shared among its units."""
     if unit.reader != "parquet":
         return unit.start, unit.stop
     return size * number // num_units, size * (number + 1) // num_units

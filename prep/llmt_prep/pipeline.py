@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -43,6 +43,9 @@ from llmt_shared import __version__, durable
 from llmt_shared.errors import ConfigError, FormatError
 from llmt_shared.manifest import NAME, Manifest, SplitEntry, read_manifest, wrong_files
 from llmt_shared.progress import say, stage
+
+if TYPE_CHECKING:
+    from llmt_prep.simulation import Scenario, Simulation
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,22 @@ def dry_run(config: MixConfig, *, workers: int | None = None, rehash: bool = Fal
         inputs = find_inputs(config, cache, executor, rehash=rehash, remember=False)
         corpus = tokenize_inputs(config, inputs, tokenizer, Path(temporary), executor, known=cache)
         return describe(config, corpus, select(config, corpus), token_dtype(tokenizer.max_id))
+
+
+def simulate(config: MixConfig, scenario: "Scenario", *, workers: int | None = None) -> "Simulation":
+    """Say what packing a corpus of another size, on other machines, would give and take; nothing is written.
+
+    Raises:
+        ConfigError, DataError: as packing would.
+    """
+    from llmt_prep import simulation  # loads what packing can do without
+
+    started = time.monotonic()
+    tokenizer = _tokenizer(config)
+    load_seconds = time.monotonic() - started
+    _tell_of_template(config, tokenizer)
+    workers = workers or config.workers or executor.usable_cpus()
+    return simulation.simulate(config, tokenizer, scenario, workers, load_seconds)
 
 
 def explain_cache(config: MixConfig, *, workers: int | None = None, rehash: bool = False) -> CacheUse:

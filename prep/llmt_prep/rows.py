@@ -88,6 +88,11 @@ def is_planned(directory: Path) -> bool:
     return (directory / "plan.json").exists()
 
 
+def plan_bytes(num_rows: int, num_segments: int) -> int:
+    """Return the bytes of a plan's columns."""
+    return 8 * (num_rows + 1) + num_segments * sum(np.dtype(dtype).itemsize for dtype in _COLUMNS.values())
+
+
 def load_rows(directory: Path) -> RowPlan:
     """Map a plan; once in each process."""
     return _load_rows(directory, (directory / "plan.json").stat().st_mtime_ns)

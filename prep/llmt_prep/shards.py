@@ -126,11 +126,17 @@ def is_written(task: SplitTask, shard: int) -> bool:
     return task.sidecar(shard).exists() and task.chunk(shard).exists()
 
 
-def write_shard(task: SplitTask, shard: int) -> None:
-    """Gather one shard: its tokens, then its side-car."""
+def write_shard(task: SplitTask, shard: int, num_segments: int | None = None) -> None:
+    """Gather one shard: its tokens, then its side-car.
+
+    Args:
+        task: what the split's shards share.
+        shard: its number.
+        num_segments: of the plan that the loops are chosen for; by default this one.
+    """
     plan = load_rows(task.plan_directory)
     corpus = corpora.load(Path(task.staging) / "corpus.json", task.num_sources)
-    kernels = kernels_for(len(plan.length))
+    kernels = kernels_for(len(plan.length) if num_segments is None else num_segments)
     buffer = _buffer(_rows_per_block(task), task.length, task.dtype)
     size = task.rows_per_shard * task.length * buffer.itemsize
     with durable.writing(task.sidecar(shard)) as sidecar:
@@ -180,6 +186,27 @@ def finish_split(task: SplitTask) -> Totals:
     _, segments, spans = counts.tolist()
     pairs = segments // 2 if task.kind == "preference" else 0
     return Totals(plan.num_rows, segments, int(tokens.sum()), targets, spans, pairs, tokens.tolist(), sha256)
+
+
+def column_sizes(kind: "Kind", rows: int, segments: int, spans: int) -> dict[str, tuple[int, str, int | None]]:
+    """Return elements, dtype and columns (``None`` for one dimension) of a split's arrays beside `tokens`, by name."""
+    counts = (rows, segments, spans)
+    groups = zip(counts, _LAYOUTS[kind], strict=True)
+    sizes: dict[str, tuple[int, str, int | None]] = {
+        name: (count, np.dtype(dtype).name, None) for count, group in groups for name, dtype in group.items()
+    }
+    for name in _OFFSETS.keys() & sizes.keys():
+        del sizes[name]
+        sizes[_OFFSETS[name]] = (rows + 1, "int64", None)
+    if kind == "preference":
+        sizes |= {"pair_offsets": (rows + 1, "int64", None), "pair_segments": (segments // 2, "uint64", 2)}
+    return sizes
+
+
+def sidecar_bytes(kind: "Kind", rows: int, segments: int, spans: int) -> int:
+    """Return the bytes of all side-cars together, without the few that each begins with."""
+    groups = zip((rows, segments, spans), _LAYOUTS[kind], strict=True)
+    return sum(count * np.dtype(dtype).itemsize for count, group in groups for dtype in group.values())
 
 
 def _add_pairs(columns: dict[str, arrays.ColumnWriter], segments_per_row: NDArray[np.int64], end: int) -> None:
@@ -287,22 +314,7 @@ def _sidecars(task: SplitTask, count: int, sha256: dict[Path, str]) -> Iterator[
 
 
 def _columns(task: SplitTask, counts: NDArray[np.int64]) -> dict[str, arrays.ColumnWriter]:
-    rows, segments, _ = counts.tolist()
-    sizes = {
-        name: (count, dtype)
-        for count, group in zip(counts.tolist(), _LAYOUTS[task.kind], strict=True)
-        for name, dtype in group.items()
+    return {
+        name: arrays.ColumnWriter(task.data_directory / name, size, dtype, width)
+        for name, (size, dtype, width) in column_sizes(task.kind, *counts.tolist()).items()
     }
-    for name in _OFFSETS.keys() & sizes.keys():
-        del sizes[name]
-        sizes[_OFFSETS[name]] = (rows + 1, "<i8")
-    if task.kind == "preference":
-        sizes["pair_offsets"] = (rows + 1, "<i8")
-    columns = {
-        name: arrays.ColumnWriter(task.data_directory / name, count, np.dtype(dtype).name)
-        for name, (count, dtype) in sizes.items()
-    }
-    if task.kind == "preference":
-        path = task.data_directory / "pair_segments"
-        columns["pair_segments"] = arrays.ColumnWriter(path, segments // 2, "uint64", width=2)
-    return columns

@@ -1,0 +1,248 @@
+"""What the coordinator does for every document and every unit: measured on a token store that is made up.
+
+A sample is too small to show it. So units are written with lengths drawn from the sample, as many documents to a unit
+as a real one has; their tokens are holes in files. Survey, selection, packing and the books are the real code.
+"""
+
+import json
+import time
+import tracemalloc
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmt_prep import corpus as corpora
+from llmt_prep.config import MixConfig
+from llmt_prep.corpus import Corpus, UnitEntry
+from llmt_prep.ingest import place_units
+from llmt_prep.inputs import Inputs
+from llmt_prep.ledger import source_ledgers
+from llmt_prep.order import Documents as Piece
+from llmt_prep.packing import best_fit_decreasing
+from llmt_prep.rows import load_rows, write_rows
+from llmt_prep.selection import Selected, select, windows_of_splits
+from llmt_prep.shards import finish_split, write_shard
+from llmt_prep.simulation.amounts import SourceSize
+from llmt_prep.simulation.clocks import peak_of_block
+from llmt_prep.simulation.fill import draw
+from llmt_prep.simulation.pack_trial import in_epochs, train_task
+from llmt_prep.simulation.tokenize_trial import Documents, TokenizeTrial
+from llmt_prep.store import COUNTED, UnitMeta, open_unit, read_quarantine
+from llmt_prep.tokenizer import LoadedTokenizer
+
+MOST_DOCUMENTS = 1_000_000
+MOST_SELECTED = 1_500_000
+"""With repeats."""
+MOST_UNITS = 400
+_AT_LEAST = 1000
+"""Documents of each source, however small its part is: of few, none may fit a row, or all be held out."""
+_COUNTED_UNITS = 500
+_TINY_DOCUMENTS = 1_000_000
+_TRIES = 3
+
+
+class PlanRates(NamedTuple):
+    """What planning and keeping books cost one process."""
+
+    documents: int
+    """That were planned to see it."""
+    plan_seconds: float
+    """For each document of the corpus: survey, selection, packing, writing the plan."""
+    peak: int
+    """Bytes of resident memory of this process while it planned."""
+    tokenize_seconds: float
+    """For each unit: naming it, and reading its counts when it is there."""
+    finish_seconds: float
+    """For each unit: the ledger, the list of files, the quarantine, the report."""
+    load_seconds: float
+    """For each unit, in every worker that gathers: reading the list of units."""
+    unit_memory: float
+    """Bytes for each unit in the coordinator."""
+    entry_memory: float
+    """Bytes for each unit in a worker that gathers."""
+
+
+def plan_replica(
+    trial: TokenizeTrial,
+    tokenizer: LoadedTokenizer,
+    sizes: Sequence[SourceSize],
+    epochs: dict[str, float],
+    folder: Path,
+) -> PlanRates:
+    """Plan a made-up corpus of the simulated proportions, with the clock running.
+
+    Args:
+        trial: the tokenized sample.
+        tokenizer: names the units.
+        sizes: of the simulated sources.
+        epochs: of them, as the mixture gives them.
+        folder: for what is written.
+    """
+    samples = [source.documents for source in trial.sources]
+    counts = _documents(sizes, list(epochs.values()), samples)
+    per_unit = [max(1, len(each.documents.length) // each.units) for each in trial.sources]
+    corpus = write_store(folder / "units", samples, counts, per_unit, trial.config.seed)
+    config = in_epochs(trial.config, epochs).model_copy(update={"holdout": trial.config.holdout})
+    best_fit_decreasing(np.ones(MOST_DOCUMENTS, np.int32), 2)  # loads the loops before the clock runs
+    with peak_of_block() as peak:
+        started = time.monotonic()
+        selected = select(config, corpus)
+        for split, windows in windows_of_splits(config, corpus, selected).items():
+            sequence = config.sequence
+            rows = folder / "rows" / split
+            write_rows(rows, windows, corpus, sequence.length, sequence.overflow, config.packing.carry)
+        planned = time.monotonic()
+    corpora.save(corpus, folder / "corpus.json")
+    tokenize_seconds, unit_memory = _unit_costs(trial, tokenizer, folder)
+    load_seconds, entry_memory = _load_costs(corpus, folder / "corpus.json")
+    return PlanRates(
+        documents=corpus.num_documents,
+        plan_seconds=(planned - started) / corpus.num_documents,
+        peak=peak[0],
+        tokenize_seconds=tokenize_seconds,
+        finish_seconds=_finish_costs(config, corpus, selected, folder),
+        load_seconds=load_seconds,
+        unit_memory=unit_memory,
+        entry_memory=entry_memory,
+    )
+
+
+def join_rate(config: MixConfig, folder: Path) -> float:
+    """Return the bytes of side-cars a second that `finish_split` joins: of very many, very short documents."""
+    ones = Documents(np.ones(1, np.int64), np.zeros((1, 2), np.uint32), np.zeros(1, np.int64))
+    corpus = write_store(folder / "units", [ones], [_TINY_DOCUMENTS], [_TINY_DOCUMENTS], config.seed)
+    corpora.save(corpus, folder / "corpus.json")
+    lengths = corpus.lengths(0, _TINY_DOCUMENTS)
+    numbers = np.arange(_TINY_DOCUMENTS)
+    everything = Piece(numbers, lengths, np.cumsum(lengths) - lengths, corpus.outlines(0, _TINY_DOCUMENTS))
+    length = 4096
+    write_rows(folder / "rows" / "train", iter([everything]), corpus, length, "split", 0.0)
+    num_rows = load_rows(folder / "rows" / "train").num_rows
+    task = train_task(folder, 1, length, num_rows, "uint16", "pretrain")
+    write_shard(task, 0)
+    seconds = []
+    for _ in range(_TRIES):
+        started = time.monotonic()
+        finish_split(task)
+        seconds.append(time.monotonic() - started)
+    return task.sidecar(0).stat().st_size / median(seconds)
+
+
+def write_store(
+    folder: Path, samples: Sequence[Documents], counts: Sequence[int], per_unit: Sequence[int], seed: int
+) -> Corpus:
+    """Write units of the token store without tokens, and return the corpus that they are.
+
+    Args:
+        folder: gets the units.
+        samples: documents of each source, from which are drawn:
+        counts: so many of each source, and
+        per_unit: so many to a unit.
+        seed: of the draw, and of the hashes of texts.
+    """
+    generator = np.random.default_rng(seed)
+    units: list[UnitEntry] = []
+    for source, (sample, count, size) in enumerate(zip(samples, counts, per_unit, strict=True)):
+        chosen = draw(len(sample.length), 0, count, (seed, source))
+        for first in range(0, count, size):
+            mine = chosen[first : first + size]
+            unit = folder / f"{len(units)}"
+            meta = _write_unit(unit, sample, mine, generator.integers(0, 1 << 64, len(mine), "<u8"))
+            entry = (str(unit), source, f"file-{source}", meta.documents, meta.tokens, 0, first)
+            units.append(UnitEntry(*entry, meta.has_targets, meta.content))
+    return Corpus(tuple(units), len(samples))
+
+
+def _write_unit(unit: Path, sample: Documents, chosen: NDArray[np.int64], hashes: NDArray[np.uint64]) -> UnitMeta:
+    length, outline, num_spans = sample.length[chosen], sample.outline[chosen], sample.num_spans[chosen]
+    has_targets, spans, tokens = bool(sample.num_spans.any()), int(num_spans.sum()), int(length.sum())
+    columns: dict[str, NDArray[Any]] = {"lengths": length, "records": np.arange(len(chosen))}
+    if has_targets:
+        columns |= {"first_target": outline[:, 0], "chosen_length": outline[:, 1], "num_spans": num_spans}
+    unit.mkdir(parents=True)
+    for name, values in columns.items():
+        values.astype("<u4").tofile(unit / name)
+    hashes.tofile(unit / "text_hash")
+    holes = {"tokens": 2 * tokens} | (dict.fromkeys(("span_start", "span_length"), 4 * spans) if has_targets else {})
+    for name, size in holes.items():
+        with (unit / name).open("wb") as file:
+            file.truncate(size)
+    (unit / "quarantine.jsonl").touch()
+    counts = dict.fromkeys(COUNTED, 0) | {"documents": len(chosen), "tokens": tokens, "spans": spans}
+    meta = UnitMeta(**counts, engine="", dtype="uint16", checksums={}, has_targets=has_targets)
+    (unit / "meta.json").write_text(json.dumps(asdict(meta)))
+    return meta
+
+
+def _documents(sizes: Sequence[SourceSize], epochs: Sequence[float], samples: Sequence[Documents]) -> list[int]:
+    """How many documents to plan of each source: in proportion, and no more than can be planned in seconds."""
+    documents = np.array([size.documents for size in sizes], np.float64)
+    selected = documents * np.maximum(1, epochs)
+    units = np.array([size.units for size in sizes], np.float64)
+    part = min(1.0, MOST_DOCUMENTS / documents.sum(), MOST_SELECTED / selected.sum(), MOST_UNITS / units.sum())
+    pairs = zip(sizes, samples, strict=True)
+    least = [min(size.documents, max(_AT_LEAST, len(sample.length))) for size, sample in pairs]
+    return [max(few, round(part * size.documents)) for few, size in zip(least, sizes, strict=True)]
+
+
+def _finish_costs(config: MixConfig, corpus: Corpus, selected: Selected, folder: Path) -> float:
+    """Seconds for each unit: of the ledger, the list of files, the quarantine and the report, without their writing."""
+    tallies = {"train": load_rows(folder / "rows" / "train").tallies}
+    nothing, once = {"train": [0] * corpus.num_sources}, dict.fromkeys(range(corpus.num_sources), 1)
+
+    def know() -> object:
+        ledgers = source_ledgers(config, corpus, selected, once, tallies, nothing)
+        metas = [corpus.open_unit(unit).meta for _ in ("files", "report") for unit in range(len(corpus.units))]
+        return ledgers, metas, [list(read_quarantine(Path(unit.directory))) for unit in corpus.units]
+
+    return _costs(know, len(corpus.units))[0]
+
+
+def _unit_costs(trial: TokenizeTrial, tokenizer: LoadedTokenizer, folder: Path) -> tuple[float, float]:
+    """Seconds and bytes for each unit: to name it, and to know what is in it."""
+    given = trial.inputs.units
+    units = (given * -(-_COUNTED_UNITS // len(given)))[:_COUNTED_UNITS]
+    inputs = Inputs(trial.inputs.files, units, {})
+    directory = Path(trial.corpus.units[0].directory)
+
+    def know() -> object:
+        return place_units(trial.config, inputs, tokenizer, folder), [open_unit(directory).meta for _ in units]
+
+    return _costs(know, len(units))
+
+
+def _load_costs(corpus: Corpus, path: Path) -> tuple[float, float]:
+    """Seconds and bytes for each unit: of a worker that reads where the units are."""
+    content = path.read_bytes()
+    copies = (
+        path.with_name(f"copy-{number}.json") for number in range(_TRIES + 1)
+    )  # what is loaded once is not loaded again
+
+    def load() -> object:
+        copy = next(copies)
+        copy.write_bytes(content)
+        return corpora.load(copy, corpus.num_sources)
+
+    return _costs(load, len(corpus.units))
+
+
+def _costs(call: Callable[[], object], count: int) -> tuple[float, float]:
+    """Seconds and bytes for each of ``count`` things that a call is about."""
+    seconds = []  # the least counts: what a busy machine adds to so little would be multiplied by millions
+    for _ in range(_TRIES):
+        started = time.monotonic()
+        call()
+        seconds.append(time.monotonic() - started)
+    tracemalloc.start()
+    try:
+        kept = call()
+        size = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert kept is not None
+    return min(seconds) / count, size / count
