@@ -119,8 +119,7 @@ def simulate(config: MixConfig, scenario: "Scenario", *, workers: int | None = N
     tokenizer = _tokenizer(config)
     load_seconds = time.monotonic() - started
     _tell_of_template(config, tokenizer)
-    workers = workers or config.workers or executor.usable_cpus()
-    return simulation.simulate(config, tokenizer, scenario, workers, load_seconds)
+    return simulation.simulate(config, tokenizer, scenario, local(workers or config.workers).workers, load_seconds)
 
 
 def explain_cache(config: MixConfig, *, workers: int | None = None, rehash: bool = False) -> CacheUse:

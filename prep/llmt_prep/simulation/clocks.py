@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from llmt_prep import executor
+from llmt_prep.executor import local
 from llmt_shared.progress import stage
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -85,7 +85,7 @@ def clocked(
     todo = [(function, *task) for task in (*again, *tasks)]
     calls: list[Call] = []
     with stage(f"simulate: {name}", len(todo)) as advance:
-        for number, call in executor.run(clock, todo, warm):
+        for number, call in local(warm).run(clock, todo):
             calls.append(call._replace(task=number - warm))
             advance(1)
     gone = time.monotonic()

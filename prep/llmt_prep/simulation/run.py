@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from llmt_prep.cache import cache_of
 from llmt_prep.config import MixConfig
-from llmt_prep.executor import usable_cpus
+from llmt_prep.executor import local
 from llmt_prep.inputs import InputFile, list_files
 from llmt_prep.simulation.forecast import Corpus, Forecast, contents, predict
 from llmt_prep.simulation.pack_trial import pack_sample
@@ -94,7 +94,7 @@ def simulate(
         machines=scenario.machines, cores=scenario.cores or workers, disk=scenario.disk, network=scenario.network
     )
     files, list_seconds = _listed(config)
-    at_once = min(cluster.cores, workers, usable_cpus())
+    at_once = min(cluster.cores, workers, local().workers)
     with tempfile.TemporaryDirectory(prefix="llmt-simulate-") as folder:
         trial = tokenize_sample(
             config, tokenizer, files, draw_units(config, files, scenario.sample), Path(folder), at_once

@@ -16,6 +16,7 @@ from llmt_prep.choice import Choice, choose_engine
 from llmt_prep.config import MixConfig
 from llmt_prep.corpus import Corpus
 from llmt_prep.documents import Unit
+from llmt_prep.executor import HERE
 from llmt_prep.guard import inexact_engines
 from llmt_prep.held import Shelved
 from llmt_prep.ingest import Place, place_units, shelve_tokenizer, tokenize_inputs
@@ -107,7 +108,7 @@ def tokenize_sample(
     tasks = [(_task(config, files[place.file], place, shelved, choice.is_fast),) for place in unique]
     again = [(replace(task, directory=str(folder / f"again-{n}")),) for n, (task,) in enumerate(tasks)]
     tokenizing = clocked("tokenize", run_task, tasks, again[: _at_once(tasks, workers)])
-    corpus = tokenize_inputs(config, inputs, tokenizer, cache, 1)  # finds everything done
+    corpus = tokenize_inputs(config, inputs, tokenizer, cache, HERE)  # finds everything done
     _require_documents(config, corpus)
     seconds = {place.directory: call.seconds for place, call in zip(unique, tokenizing.calls, strict=True)}
     return TokenizeTrial(
