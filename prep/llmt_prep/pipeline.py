@@ -147,7 +147,7 @@ def _build(config: MixConfig, executor: Executor, force: bool, rehash: bool) -> 
         splits = _plan_rows(config, directory, corpus, selected)
     with clock("gather"):
         dtype = token_dtype(tokenizer.max_id)
-        totals = {name: _gather(config, directory, corpus, name, dtype, executor) for name in splits}
+        totals = {name: _gather(config, directory, recipe, corpus, name, dtype, executor) for name in splits}
     with clock("finish"):
         ledger = _close_books(config, inputs, corpus, selected, directory, totals)
         data = directory / "data"
@@ -228,11 +228,19 @@ def _plan_rows(config: MixConfig, directory: Path, corpus: Corpus, selected: Sel
 
 
 def _gather(
-    config: MixConfig, directory: Path, corpus: Corpus, split: str, dtype: np.dtype[Any], executor: Executor
+    config: MixConfig,
+    directory: Path,
+    recipe: str,
+    corpus: Corpus,
+    split: str,
+    dtype: np.dtype[Any],
+    executor: Executor,
 ) -> Totals:
     num_rows, length = load_rows(directory / "rows" / split).num_rows, config.sequence.length
     per_shard = shards.rows_per_shard(num_rows, length, dtype.itemsize, config.shard_size)
-    task = SplitTask(str(directory), split, corpus.num_sources, length, per_shard, dtype.name, config.seed, config.kind)
+    task = SplitTask(
+        str(directory), split, corpus.num_sources, length, per_shard, dtype.name, config.seed, config.kind, recipe
+    )
     numbers = range(shards.num_shards(num_rows, per_shard))
     missing = [number for number in numbers if not shards.is_written(task, number)]
     with stage(f"{split} shards", len(missing)) as advance:

@@ -141,7 +141,7 @@ def prepare(output: Path, recipe: str) -> tuple[Path, bool]:
     """
     staging = staging_of(output)
     note = staging / _NOTE
-    if note.exists() and json.loads(note.read_text())["recipe"] == recipe:
+    if is_of(staging, recipe):
         for leftover in staging.rglob("*.tmp"):
             leftover.unlink()  # of killed processes, which would fill the disk in time
         return staging, True
@@ -150,6 +150,14 @@ def prepare(output: Path, recipe: str) -> tuple[Path, bool]:
     staging.mkdir(parents=True)
     durable.write(note, json.dumps({"recipe": recipe}))
     return staging, False
+
+
+def is_of(staging: Path, recipe: str) -> bool:
+    """Whether a staging directory is there and holds work on a recipe."""
+    try:
+        return bool(json.loads((staging / _NOTE).read_text())["recipe"] == recipe)
+    except FileNotFoundError:
+        return False
 
 
 def forget_plan(staging: Path) -> None:
@@ -170,6 +178,8 @@ def publish(output: Path) -> None:
     if output.exists():
         output.rename(staging / _REPLACED)
     (staging / "data").rename(output)
+    for leftover in output.rglob("*.tmp"):
+        leftover.unlink()  # of a task on another machine that was taken for lost, and done again
     durable.sync_directory(output.parent)
     _discard(staging)
 
