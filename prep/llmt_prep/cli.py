@@ -55,7 +55,13 @@ def pack(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a finished dataset.")] = False,
     rehash: Annotated[bool, typer.Option("--rehash", help="Hash all input again, even where nothing changed.")] = False,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one for each usable CPU.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Tasks at a time; default: one for each CPU of the machine or cluster.")
+    ] = None,
+    executor: Annotated[str | None, typer.Option(help="Where tasks run: local or ray.", show_default=False)] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Of the Ray cluster: HOST:PORT, auto or local.", show_default=False)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Tokenize, sample and pack a mixture into shards. Run it again to go on after a stop.
@@ -67,6 +73,8 @@ def pack(
         llmt-prep pack --mix mix.yaml --explain-cache
 
         llmt-prep pack --mix mix.yaml budget=2B sequence.length=8192 --workers 16
+
+        llmt-prep pack --mix mix.yaml --executor ray --address head:6379
     """
     from llmt_prep import explain as explanations
     from llmt_prep import plan as plans
@@ -81,7 +89,11 @@ def pack(
 
     if dry_run and explain_cache:
         raise ConfigError("--dry-run and --explain-cache answer different questions; give one of them")
-    config = load_config(mix, MixConfig, overrides or [])
+    said = {"executor": executor, "ray.address": address}
+    options = [f"{key}={value}" for key, value in said.items() if value is not None]
+    config = load_config(mix, MixConfig, [*(overrides or []), *options])
+    if address is not None and config.executor != "ray":
+        raise ConfigError("--address is that of a Ray cluster; give --executor ray, too")
     with stoppable(START_AGAIN if dry_run or explain_cache else RESUME):
         if explain_cache:
             use = explained(config, workers=workers, rehash=rehash)

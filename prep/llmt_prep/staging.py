@@ -29,6 +29,11 @@ def staging_of(output: Path) -> Path:
     return output.parent / f"{output.name}.staging"
 
 
+def lock_of(output: Path) -> Path:
+    """Return the file that says who works on an output."""
+    return output.parent / f"{output.name}.lock"
+
+
 @contextmanager
 def locked(output: Path) -> Iterator[None]:
     """Hold the lock of an output; the kernel drops it when the process ends, however it ends.
@@ -40,7 +45,7 @@ def locked(output: Path) -> Iterator[None]:
         ConfigError: another process holds it, and the message names which; the file is not one of ours; there is no
             writing where the output is to be.
     """
-    path = output.parent / f"{output.name}.lock"
+    path = lock_of(output)
     missing = [folder for folder in path.parents if not folder.exists()]
     try:
         descriptor = _acquire(path)
@@ -81,6 +86,7 @@ def _sign(descriptor: int, path: Path) -> None:
     with durable.naming(path):
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"{_HOLDER}{os.getpid()} on {socket.gethostname()}, since {started}\n".encode())
+        os.fsync(descriptor)  # other machines read it
 
 
 def _opened(path: Path) -> int | None:
