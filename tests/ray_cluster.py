@@ -17,6 +17,8 @@ from llmt_prep.executor import Executor, opened
 TESTS = Path(__file__).parent
 MEMORY = 100_000_000
 """Bytes that a task declares."""
+SOON = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
+"""That a node is gone is seen after 2 s, and not after 20."""
 
 
 @contextmanager
@@ -29,7 +31,8 @@ def running_cluster(cpus: tuple[int, ...] = (1, 1)) -> Iterator[Any]:
         patch.setenv("RAY_TMPDIR", folder)
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, [*sys.path, TESTS])))  # of the workers, too
         patch.delenv("RAY_ADDRESS", raising=False)
-        cluster = Cluster(initialize_head=True, head_node_args=node_of(cpus[0]))
+        head = node_of(cpus[0], _system_config=SOON)
+        cluster = Cluster(initialize_head=True, head_node_args=head)
         try:
             for more in cpus[1:]:
                 cluster.add_node(**node_of(more))

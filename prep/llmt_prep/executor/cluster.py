@@ -155,7 +155,7 @@ class Cluster:
         self._nodes = self._wait_for_nodes()
         self._terms = terms_of_this_process(self._marks)
         self._remote = ray.remote(num_cpus=1, memory=self._memory, max_retries=0)(serve)
-        _check_nodes(self._nodes, self._terms, self._inputs)
+        self._nodes = _checked(self._nodes, self._terms, self._inputs)
         self._next_look = self._seen = self._roomy = time.monotonic()
         self._is_joined = True
         say(self._described())
@@ -221,8 +221,8 @@ def _with_our_signals(start: Callable[[], object]) -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-def _check_nodes(nodes: Sequence[Node], terms: Terms, inputs: Iterable[Path]) -> None:
-    """Ask every node for its facts, before anything is done there.
+def _checked(nodes: Sequence[Node], terms: Terms, inputs: Iterable[Path]) -> list[Node]:
+    """Ask every node for its facts, before anything is done there; returns those that are still there.
 
     Raises:
         ConfigError: one cannot do the work, or does not answer.
@@ -234,20 +234,21 @@ def _check_nodes(nodes: Sequence[Node], terms: Terms, inputs: Iterable[Path]) ->
         there = NodeAffinitySchedulingStrategy(node.id, soft=False)
         future = examine.options(scheduling_strategy=there).remote(marks, paths).future()
         future.add_done_callback(partial(lambda node, future: answers.put((node, future)), node))
-    deadline, silent = time.monotonic() + _WAIT, {node.id: node for node in nodes}
+    deadline, silent, there_still = time.monotonic() + _WAIT, {node.id: node for node in nodes}, []
     while silent:
         try:
             node, future = answers.get(timeout=max(0.0, deadline - time.monotonic()))
         except Empty:
             names = ", ".join(f"{node.host} ({node.address})" for node in silent.values())
-            raise ConfigError(
-                f"node {names}: no worker has started there within {_WAIT:.0f} s; see Ray's logs"
-            ) from None
+            raise ConfigError(f"node {names}: no worker started there in {_WAIT:.0f} s; see Ray's logs there") from None
         del silent[node.id]
-        if future.exception() is None:
+        error = future.exception()
+        if error is None:
             check_facts(Facts(*future.result()), terms)
-        elif not isinstance(future.exception(), (*_LOSSES, exceptions.TaskUnschedulableError)):
-            raise ConfigError(f"node {node.host} ({node.address}): {_in_short(future.exception())}")
+            there_still.append(node)
+        elif not isinstance(error, (*_LOSSES, exceptions.TaskUnschedulableError)):
+            raise ConfigError(f"node {node.host} ({node.address}): {_in_short(error)}")
+    return there_still
 
 
 def _end_of(future: Any) -> Lost | Ended:

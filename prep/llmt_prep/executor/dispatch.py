@@ -21,6 +21,8 @@ _PULSE = 1.0
 """Seconds after which the crew is looked at, where no task has ended."""
 _GRACE = 5.0
 """Seconds that tasks have to remove what they were writing, before their workers are killed."""
+_PAUSE = 0.5
+"""Seconds before the second try; twice as long before each further one."""
 _SECONDS_BETWEEN_LINES = 5.0
 
 
@@ -150,7 +152,7 @@ class _Flight:
                 f"{how} in each of {TRIES} tries at {what}; nothing is lost: run the same command again to go on, with "
                 f"more `ray.memory` for each task if machines were out of memory"
             )
-        due = time.monotonic() + 2.0 ** (begun.tries - 2)  # a machine that was out of memory needs a moment
+        due = time.monotonic() + _PAUSE * 2 ** (begun.tries - 1)  # a machine that was out of memory needs a moment
         heapq.heappush(self._again, (due, index, begun.task, begun.tries + 1))
         self._log.add(f"{how}; task {index} is done again, try {begun.tries + 1} of {TRIES}")
 
