@@ -28,7 +28,8 @@ def do(what: str, folder: Path) -> None:
         with durable.writing(folder / "written") as file:
             file.write(b"half")
             file.flush()
-            time.sleep(600)
+            for _ in range(60_000):  # an exception from outside waits for the end of a sleep
+                time.sleep(0.01)
     while not list(folder.glob("*.tmp")):
         time.sleep(0.01)
     if what == "die":
@@ -41,3 +42,31 @@ def do(what: str, folder: Path) -> None:
 
 def exhaust(number: int) -> None:
     raise MemoryError(number)
+
+
+def parent(seconds: float) -> int:
+    time.sleep(seconds)
+    return os.getppid()
+
+
+def slow_square(number: int, seconds: float) -> int:
+    time.sleep(seconds)
+    return number * number
+
+
+def surroundings(_: int) -> tuple[str, int, str | None, str | None]:
+    """Folder, umask and what keeps tokenizers to one thread."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return os.getcwd(), mask, os.environ.get("TOKENIZERS_PARALLELISM"), os.environ.get("FASTOKENS_BPE_THREADS")
+
+
+def die_times(path: Path, times: int) -> str:
+    """Kill this process until it was killed so often, as files beside ``path`` count."""
+    for number in range(times):
+        try:
+            path.with_name(f"{path.name}-{number}").touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "survived"

@@ -59,6 +59,11 @@ def cache_of(config: MixConfig) -> Path:
     return config.cache or output.parent / ".llmt-cache"
 
 
+def lock_of(cache: Path) -> Path:
+    """Return the file that says who uses a cache."""
+    return cache / _LOCK
+
+
 def unit_directory(cache: Path, key: str) -> Path:
     """Return the folder of a unit."""
     return cache / "units" / key[:2] / key
@@ -112,7 +117,7 @@ def in_use(cache: Path) -> Iterator[None]:
     """
     is_new = not cache.exists()
     _make(cache)
-    with _sharing(os.open(cache / _LOCK, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666), cache) as descriptor:
+    with _sharing(os.open(lock_of(cache), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666), cache) as descriptor:
         _sign(descriptor)
         try:
             yield
@@ -126,7 +131,7 @@ def in_use(cache: Path) -> Iterator[None]:
 def being_read(cache: Path) -> Iterator[None]:
     """Keep the units of a cache, if there is one, from being pruned, and change nothing in it."""
     try:
-        descriptor = os.open(cache / _LOCK, os.O_RDONLY)
+        descriptor = os.open(lock_of(cache), os.O_RDONLY)
     except OSError:  # no cache, or not ours to read
         yield
         return
@@ -141,7 +146,7 @@ def being_pruned(cache: Path) -> Iterator[None]:
     Raises:
         ConfigError: a run uses it, and the message names which.
     """
-    descriptor = os.open(cache / _LOCK, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+    descriptor = os.open(lock_of(cache), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
         if not _locks(descriptor, fcntl.LOCK_EX):
             raise ConfigError(f"{cache}: in use by {_holders(cache)}; wait for it or stop it")
@@ -177,11 +182,12 @@ def _sign(descriptor: int) -> None:
         os.ftruncate(descriptor, 0)
     started = time.strftime("%Y-%m-%d %H:%M:%S")
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}, since {started}\n".encode())
+    os.fsync(descriptor)  # other machines read it
 
 
 def _holders(cache: Path) -> str:
     """Who may hold the lock: all that signed it, but for processes of this machine that have ended."""
-    lines = (cache / _LOCK).read_text(errors="replace").splitlines()
+    lines = lock_of(cache).read_text(errors="replace").splitlines()
     running = [line for line in lines if not _has_ended(line)]
     return "; ".join(running) or "a run that only reads it"
 

@@ -66,7 +66,13 @@ def pack(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a finished dataset.")] = False,
     rehash: Annotated[bool, typer.Option("--rehash", help="Hash all input again, even where nothing changed.")] = False,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one for each usable CPU.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Tasks at a time; default: one for each CPU of the machine or cluster.")
+    ] = None,
+    executor: Annotated[str | None, typer.Option(help="Where tasks run: local or ray.", show_default=False)] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Of the Ray cluster: HOST:PORT, auto or local.", show_default=False)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Tokenize, sample and pack a mixture into shards. Run it again to go on after a stop.
@@ -80,6 +86,8 @@ def pack(
         llmt-prep pack --mix mix.yaml --explain-cache
 
         llmt-prep pack --mix mix.yaml budget=2B sequence.length=8192 --workers 16
+
+        llmt-prep pack --mix mix.yaml --executor ray --address head:6379
     """
     from llmt_prep import explain as explanations
     from llmt_prep import plan as plans
@@ -94,10 +102,14 @@ def pack(
 
     if (dry_run or simulate is not None) and explain_cache:
         raise ConfigError("--dry-run and --explain-cache answer different questions; give one of them")
+    said = {"executor": executor, "ray.address": address}
+    settings = [*(overrides or []), *(f"{key}={value}" for key, value in said.items() if value is not None)]
     if simulate is not None:
-        typer.echo(_simulated(mix, overrides or [], simulate, workers, as_json))
+        typer.echo(_simulated(mix, settings, simulate, workers, as_json))
         return
-    config = load_config(mix, MixConfig, overrides or [])
+    config = load_config(mix, MixConfig, settings)
+    if address is not None and config.executor != "ray":
+        raise ConfigError("--address is that of a Ray cluster; give --executor ray, too")
     with stoppable(START_AGAIN if dry_run or explain_cache else RESUME):
         if explain_cache:
             use = explained(config, workers=workers, rehash=rehash)

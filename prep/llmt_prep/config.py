@@ -123,6 +123,17 @@ class PackingConfig(StrictModel):
     """Rows less full than this give their documents to the next window; 0 carries nothing."""
 
 
+class RayConfig(StrictModel):
+    """The cluster of `executor: ray`."""
+
+    address: str | None = None
+    """HOST:PORT of its head, `auto` (one that runs on this machine), or `local` (one for this run alone); where nothing
+    is said $RAY_ADDRESS, else one that runs on this machine, else `local`."""
+    memory: Annotated[Bytes, Field(ge=1)] = 1_000_000_000
+    """Set aside for each task on its node: as many tasks run there at a time as its memory and its CPUs have room
+    for."""
+
+
 class SourceConfig(StrictModel):
     """One corpus of the mixture."""
 
@@ -203,7 +214,11 @@ class MixConfig(StrictModel):
     """`tokenizers` is the reference; `fastokens` is some fifty times faster and guarded by it; `auto` takes it where it
     serves the tokenizer. The dataset does not depend on it."""
     workers: Annotated[int, Field(ge=1)] | None = None
-    """Processes; by default one for each CPU this process may use. The dataset does not depend on it."""
+    """Tasks that run at a time; by default one for each CPU that this process may use, or that the cluster has. The
+    dataset does not depend on it."""
+    executor: Literal["local", "ray"] = "local"
+    """Where tasks run: in processes of this machine, or on a Ray cluster. The dataset does not depend on it."""
+    ray: RayConfig = RayConfig()
     sources: Annotated[
         dict[Annotated[str, AfterValidator(_name)], SourceConfig], Field(min_length=1, max_length=65_535)
     ]
@@ -230,6 +245,8 @@ class MixConfig(StrictModel):
 
 
 _OF_TEXT = ("bos", "eos")
+_OF_THE_RUN = ("output", "workers", "executor", "ray", "cache", "unit_size", "engine")
+"""What the dataset does not depend on."""
 _OF_CHATS = {"chat": ("sft", "preference"), "pairs": ("preference",)}
 
 
@@ -264,7 +281,7 @@ def tolerated(max_bad: int | str, records: int) -> float:
 def resolved(config: MixConfig, commits: dict[str, str], tokenizer_commit: str | None) -> dict[str, object]:
     """Return what of the mix the dataset depends on, with hub ids pinned to commits; it is stored with the dataset."""
     unused = {"pretrain": {"chat", "pairs"}, "sft": {"pairs", *_OF_TEXT}, "preference": {*_OF_TEXT}}[config.kind]
-    mix = config.model_dump(mode="json", exclude={"output", "workers", "cache", "unit_size", "engine", *unused})
+    mix = config.model_dump(mode="json", exclude={*_OF_THE_RUN, *unused})
     if config.kind == "preference":
         del mix["chat"]["train_on"]
     for source in mix["sources"].values():

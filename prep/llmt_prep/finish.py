@@ -106,7 +106,7 @@ def write_manifest(data: Path, header: dict[str, Any], known: Mapping[Path, str]
     for leftover in data.rglob("*.tmp"):
         leftover.unlink()  # of a process that was killed while it wrote
     outside = {data / manifest.NAME, data / RUN_REPORT}  # of an earlier try that was killed after writing them
-    paths = {path.relative_to(data).as_posix(): path for path in data.rglob("*") if path.is_file()}
+    paths = {path.relative_to(data).as_posix(): path for path in data.rglob("*") if _is_written(path)}
     entries = [
         FileEntry(path=name, bytes=path.stat().st_size, sha256=known.get(path) or hash_file(str(path)))
         for name, path in sorted(paths.items())
@@ -115,6 +115,11 @@ def write_manifest(data: Path, header: dict[str, Any], known: Mapping[Path, str]
     assert known.keys() <= set(paths.values()), "a file that was written is gone"
     content = Manifest(format=1, files=tuple(entries), **header)
     durable.write(data / manifest.NAME, _json(content.model_dump(mode="json")))
+
+
+def _is_written(path: Path) -> bool:
+    """Whether it is a file that is whole: a process that was taken for lost may write another even now."""
+    return path.suffix != ".tmp" and path.is_file()
 
 
 def tokenizer_entry(tokenizer: LoadedTokenizer) -> TokenizerEntry:

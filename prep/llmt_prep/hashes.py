@@ -106,7 +106,7 @@ def hash_inputs(
     new: dict[Job, FileHashes] = {}
     try:
         with stage("hash", total, "bytes") as advance:
-            tasks = [(job,) for job in missing]
+            tasks = ((job,) for job in missing)
             for done, hashes in (executor if total > IN_PROCESS_BYTES else HERE).run(hash_input, tasks):
                 new[missing[done]] = hashes
                 advance(missing[done].file.bytes)

@@ -5,9 +5,10 @@ tokenizer and how documents begin and end. So another row length, mixture or see
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -122,7 +123,7 @@ def unusable_units(places: Iterable[Place], inexact: frozenset[str], executor: E
     folders, total = list(there), sum(there.values())
     unusable: dict[Path, str] = {}
     with stage("check cache", total, "bytes") as advance:
-        tasks = [(folder,) for folder in folders]
+        tasks = ((folder,) for folder in folders)
         for done, is_sound in (executor if total > IN_PROCESS_BYTES else HERE).run(store.is_sound, tasks):
             folder = folders[done]
             advance(there[folder])
@@ -193,12 +194,11 @@ def _tokenize_missing(
 ) -> None:
     missing = {place.directory: place for place in places if not place.directory.exists()}
     todo = list(missing.values())
-    ahead = [*todo[executor.workers :], *[None] * executor.workers]
     is_fast = bool(todo) and _chosen(config, tokenizer, inexact).is_fast
-    tasks = [
+    tasks = (
         (_task(config, inputs.files[place.file], place, after, tokenizer, is_fast),)
-        for place, after in zip(todo, ahead, strict=False)
-    ]
+        for place, after in zip(todo, _ahead(todo, executor), strict=True)
+    )
     sizes = [place.bytes for place in todo]
     seen = [(place, open_unit(place.directory).meta) for place in places if place.directory not in missing]
     in_all = _bytes_by_source(places, len(config.sources))
@@ -211,6 +211,12 @@ def _tokenize_missing(
             if meta.quarantined >= _MANY_BAD:  # a wrong field must not cost a night
                 done_places, metas = zip(*seen, strict=True)
                 _check_bad(config, inputs, done_places, metas, in_all / np.maximum(read, 1))
+
+
+def _ahead(todo: Sequence[Place], executor: Executor) -> Iterator[Place | None]:
+    """What the worker of each place is likely to be given next; of several machines that is not known."""
+    distance = executor.workers if len(todo) > 1 and executor.hosts == 1 else len(todo)
+    return chain(islice(todo, distance, None), repeat(None, min(distance, len(todo))))
 
 
 def _chosen(config: MixConfig, tokenizer: Shelved, inexact: frozenset[str]) -> Choice:

@@ -10,8 +10,8 @@ import socket
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,10 +21,10 @@ import numpy as np
 
 from llmt_prep import corpus as corpora
 from llmt_prep import finish, shards, staging
-from llmt_prep.cache import being_read, cache_of, in_use, is_cache, tokenizer_directory
+from llmt_prep.cache import being_read, cache_of, in_use, is_cache, lock_of, tokenizer_directory
 from llmt_prep.config import MixConfig, resolved
 from llmt_prep.corpus import Corpus
-from llmt_prep.executor import Executor, local
+from llmt_prep.executor import Executor, local, opened
 from llmt_prep.explain import CacheUse, cache_use
 from llmt_prep.guard import inexact_engines
 from llmt_prep.hashes import check_unchanged
@@ -87,23 +87,30 @@ def build_dataset(config: MixConfig, *, workers: int | None = None, force: bool 
         FormatError: the dataset that is there is damaged.
         Stopped: the disk is full.
     """
-    executor = local(workers or config.workers)
     if config.output.is_symlink():  # a rename would replace the link, not the folder on the disk that it points at
         config = config.model_copy(update={"output": config.output.resolve()})
     with staging.locked(config.output), in_use(cache_of(config)):
         staging.recover(config.output)
         _check_output(config.output)
-        return _build(config, executor, force, rehash)
+        marks = [staging.lock_of(config.output), lock_of(cache_of(config))]
+        with _opened(config, workers, marks) as executor:
+            return _build(config, executor, force, rehash)
 
 
 def dry_run(config: MixConfig, *, workers: int | None = None, rehash: bool = False) -> Plan:
-    """Plan without writing: tokens are counted in a temporary directory where the cache does not hold them."""
-    executor = local(workers or config.workers)
+    """Plan without writing: tokens are counted in a temporary directory where the cache does not hold them.
+
+    On a cluster that directory lies where the output would, for all nodes must reach it.
+    """
     tokenizer, cache = _tokenizer(config), cache_of(config)
     _tell_of_template(config, tokenizer)
-    with being_read(cache), tempfile.TemporaryDirectory(prefix="llmt-dry-run-") as temporary:
-        inputs = find_inputs(config, cache, executor, rehash=rehash, remember=False)
-        corpus = tokenize_inputs(config, inputs, tokenizer, Path(temporary), executor, known=cache)
+    beside = None if config.executor == "local" else _existing(config.output.parent)
+    with being_read(cache), tempfile.TemporaryDirectory(prefix="llmt-dry-run-", dir=beside) as temporary:
+        mark = Path(temporary) / "mark"
+        durable.write(mark, temporary)
+        with _opened(config, workers, [mark]) as executor:
+            inputs = find_inputs(config, cache, executor, rehash=rehash, remember=False)
+            corpus = tokenize_inputs(config, inputs, tokenizer, Path(temporary), executor, known=cache)
         return describe(config, corpus, select(config, corpus), token_dtype(tokenizer.max_id))
 
 
@@ -127,16 +134,15 @@ def explain_cache(config: MixConfig, *, workers: int | None = None, rehash: bool
 
     Nothing is written but, where there is a cache, the hashes of input files.
     """
-    executor = local(workers or config.workers)
     tokenizer, cache = _tokenizer(config), cache_of(config)
-    with being_read(cache):
+    with being_read(cache), _opened(config, workers, [path for path in [lock_of(cache)] if path.exists()]) as executor:
         inputs = find_inputs(config, cache, executor, rehash=rehash, remember=is_cache(cache))
         inexact = inexact_engines(tokenizer_directory(cache, tokenizer.digest))
         return cache_use(config, place_units(config, inputs, tokenizer, cache), cache, inexact, executor)
 
 
 def units_of(config: MixConfig, *, workers: int | None = None) -> set[str]:
-    """Return the keys of the units that a mix is made of, in the cache or not."""
+    """Return the keys of the units that a mix is made of, in the cache or not; always found out on this machine."""
     executor = local(workers or config.workers)
     inputs = find_inputs(config, cache_of(config), executor, rehash=False, remember=False)
     return {place.directory.name for place in place_units(config, inputs, _tokenizer(config), cache_of(config))}
@@ -165,7 +171,7 @@ def _build(config: MixConfig, executor: Executor, force: bool, rehash: bool) -> 
         splits = _plan_rows(config, directory, corpus, selected)
     with clock("gather"):
         dtype = token_dtype(tokenizer.max_id)
-        totals = {name: _gather(config, directory, corpus, name, dtype, executor) for name in splits}
+        totals = {name: _gather(config, directory, recipe, corpus, name, dtype, executor) for name in splits}
     with clock("finish"):
         ledger = _close_books(config, inputs, corpus, selected, directory, totals)
         data = directory / "data"
@@ -176,6 +182,18 @@ def _build(config: MixConfig, executor: Executor, force: bool, rehash: bool) -> 
     durable.write(data / finish.RUN_REPORT, _run_report(started, clock, executor, tokenizer, corpus))
     staging.publish(config.output)
     return Built(config.output, *read_manifest(config.output), is_new=True)
+
+
+def _opened(config: MixConfig, workers: int | None, marks: Sequence[Path]) -> AbstractContextManager[Executor]:
+    """The executor that a mix asks for."""
+    workers, ray = workers or config.workers, config.ray
+    inputs = [_existing(Path(path).expanduser()) for source in config.sources.values() for path in source.path]
+    return opened(config.executor, workers, address=ray.address, memory=ray.memory, marks=marks, inputs=inputs)
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there: of a glob, where it starts."""
+    return next(each for each in (path, *path.absolute().parents) if each.exists())
 
 
 def _tokenizer(config: MixConfig) -> LoadedTokenizer:
@@ -246,11 +264,19 @@ def _plan_rows(config: MixConfig, directory: Path, corpus: Corpus, selected: Sel
 
 
 def _gather(
-    config: MixConfig, directory: Path, corpus: Corpus, split: str, dtype: np.dtype[Any], executor: Executor
+    config: MixConfig,
+    directory: Path,
+    recipe: str,
+    corpus: Corpus,
+    split: str,
+    dtype: np.dtype[Any],
+    executor: Executor,
 ) -> Totals:
     num_rows, length = load_rows(directory / "rows" / split).num_rows, config.sequence.length
     per_shard = shards.rows_per_shard(num_rows, length, dtype.itemsize, config.shard_size)
-    task = SplitTask(str(directory), split, corpus.num_sources, length, per_shard, dtype.name, config.seed, config.kind)
+    task = SplitTask(
+        str(directory), split, corpus.num_sources, length, per_shard, dtype.name, config.seed, config.kind, recipe
+    )
     numbers = range(shards.num_shards(num_rows, per_shard))
     missing = [number for number in numbers if not shards.is_written(task, number)]
     with stage(f"{split} shards", len(missing)) as advance:
@@ -301,7 +327,7 @@ def _run_report(started: str, clock: _Clock, executor: Executor, tokenizer: Load
     report = {
         "started": started,
         "seconds": clock.seconds,
-        "workers": executor.workers,
+        **executor.report(),
         "units_by_engine": Counter(meta.engine for meta in metas),
         "guard": {
             "documents_compared": sum(meta.compared for meta in metas),

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from llmt_prep import arrays, mapped
+from llmt_prep import arrays, mapped, staging
 from llmt_prep import corpus as corpora
 from llmt_prep.corpus import Corpus
 from llmt_prep.gather import Origin, Segments, gather, kernels_for
 from llmt_prep.rows import RowPlan, load_rows
 from llmt_prep.spans import spans_of_rows
 from llmt_shared import durable, order
+from llmt_shared.errors import DataError
 from llmt_shared.segments import count_targets
 
 if TYPE_CHECKING:
@@ -55,6 +56,9 @@ class SplitTask:
     dtype: str
     seed: int
     kind: "Kind"
+    recipe: str
+    """What the staging directory is made for. A task that was taken for lost may go on when another run has the
+    directory."""
 
     @property
     def plan_directory(self) -> Path:
@@ -133,7 +137,12 @@ def write_shard(task: SplitTask, shard: int, num_segments: int | None = None) ->
         task: what the split's shards share.
         shard: its number.
         num_segments: of the plan that the loops are chosen for; by default this one.
+
+    Raises:
+        DataError: nobody works on the task's recipe there any more.
     """
+    if not staging.is_of(Path(task.staging), task.recipe):
+        raise DataError(f"{task.staging}: is not of this run any more; run the same command again")
     plan = load_rows(task.plan_directory)
     corpus = corpora.load(Path(task.staging) / "corpus.json", task.num_sources)
     kernels = kernels_for(len(plan.length) if num_segments is None else num_segments)

@@ -29,6 +29,11 @@ def staging_of(output: Path) -> Path:
     return output.parent / f"{output.name}.staging"
 
 
+def lock_of(output: Path) -> Path:
+    """Return the file that says who works on an output."""
+    return output.parent / f"{output.name}.lock"
+
+
 @contextmanager
 def locked(output: Path) -> Iterator[None]:
     """Hold the lock of an output; the kernel drops it when the process ends, however it ends.
@@ -40,7 +45,7 @@ def locked(output: Path) -> Iterator[None]:
         ConfigError: another process holds it, and the message names which; the file is not one of ours; there is no
             writing where the output is to be.
     """
-    path = output.parent / f"{output.name}.lock"
+    path = lock_of(output)
     missing = [folder for folder in path.parents if not folder.exists()]
     try:
         descriptor = _acquire(path)
@@ -81,6 +86,7 @@ def _sign(descriptor: int, path: Path) -> None:
     with durable.naming(path):
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"{_HOLDER}{os.getpid()} on {socket.gethostname()}, since {started}\n".encode())
+        os.fsync(descriptor)  # other machines read it
 
 
 def _opened(path: Path) -> int | None:
@@ -140,16 +146,28 @@ def prepare(output: Path, recipe: str) -> tuple[Path, bool]:
     Work on another recipe is removed: it is derived from the tokenized input, which the cache keeps.
     """
     staging = staging_of(output)
-    note = staging / _NOTE
-    if note.exists() and json.loads(note.read_text())["recipe"] == recipe:
+    if is_of(staging, recipe):
         for leftover in staging.rglob("*.tmp"):
             leftover.unlink()  # of killed processes, which would fill the disk in time
         return staging, True
     if staging.exists():
         _discard(staging)
     staging.mkdir(parents=True)
-    durable.write(note, json.dumps({"recipe": recipe}))
+    name_recipe(staging, recipe)
     return staging, False
+
+
+def name_recipe(staging: Path, recipe: str) -> None:
+    """Say on which recipe a directory holds work."""
+    durable.write(staging / _NOTE, json.dumps({"recipe": recipe}))
+
+
+def is_of(staging: Path, recipe: str) -> bool:
+    """Whether a staging directory is there and holds work on a recipe."""
+    try:
+        return bool(json.loads((staging / _NOTE).read_text())["recipe"] == recipe)
+    except FileNotFoundError:
+        return False
 
 
 def forget_plan(staging: Path) -> None:
@@ -170,6 +188,8 @@ def publish(output: Path) -> None:
     if output.exists():
         output.rename(staging / _REPLACED)
     (staging / "data").rename(output)
+    for leftover in output.rglob("*.tmp"):
+        leftover.unlink()  # of a task on another machine that was taken for lost, and done again
     durable.sync_directory(output.parent)
     _discard(staging)
 

@@ -354,7 +354,7 @@ def _publish(temporary: Path, path: Path) -> None:
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    return durable.temporary_name(path.with_name(f".{path.name}"))
 
 
 def _remove_leftovers(path: Path) -> None:

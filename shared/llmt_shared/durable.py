@@ -2,6 +2,7 @@
 
 import errno
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +11,12 @@ from typing import BinaryIO
 
 @contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file to write; it appears under its name only when the block ends well."""
+    """Open a file to write; it appears under its name only when the block ends well.
+
+    Where its temporary name is removed meanwhile, by whoever knows this writer for lost, the end is an OSError.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         with naming(path), temporary.open("wb") as file:
             yield file
@@ -23,6 +27,11 @@ def writing(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+def temporary_name(path: Path) -> Path:
+    """Return the name under which this process writes a file; no process of another host has the same."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
 
 
 @contextmanager

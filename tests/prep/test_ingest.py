@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from llmt_prep.cache import origin_of
 from llmt_prep.config import MixConfig
 from llmt_prep.corpus import Corpus
 from llmt_prep.engines import Encoded, Engine
-from llmt_prep.executor import HERE, Executor
+from llmt_prep.executor import HERE
 from llmt_prep.guard import EngineDiffers, distrust
 from llmt_prep.ingest import tokenize_inputs
 from llmt_prep.inputs import find_inputs
@@ -251,20 +252,25 @@ def test_a_unit_says_what_it_was_made_of(mix: dict[str, Any], tasks: list[Tokeni
         assert origin.tokenizer == mix["tokenizer"]
 
 
-@pytest.mark.parametrize("workers", [1, 2, 20])
-def test_a_task_reads_ahead_what_its_worker_does_next(mix: dict[str, Any], tmp_path: Path, workers: int) -> None:
+@pytest.mark.parametrize(("workers", "hosts"), [(1, 1), (2, 1), (20, 1), (1000, 1), (20, 2)])
+def test_a_task_reads_ahead_what_its_worker_does_next(
+    mix: dict[str, Any], tmp_path: Path, workers: int, hosts: int
+) -> None:
+    """Of several machines it is not known which is given what."""
     config, given = MixConfig.model_validate(mix | {"unit_size": 5000}), []
 
     def run(function: Any, tasks: list[tuple[TokenizeTask]]) -> Any:
         given.extend(task for (task,) in tasks)
         return iter([])
 
+    executor = SimpleNamespace(workers=workers, hosts=hosts, run=run)
     inputs = find_inputs(config, tmp_path / "cache", HERE, rehash=False, remember=True)
     with pytest.raises(FormatError):  # for want of units
-        tokenize_inputs(config, inputs, load_tokenizer(mix["tokenizer"]), tmp_path / "cache", Executor(workers, run))
+        tokenize_inputs(config, inputs, load_tokenizer(mix["tokenizer"]), tmp_path / "cache", executor)
     ranges = [(task.unit.path, task.unit.start, task.unit.stop) for task in given]
     assert len(ranges) > 20
-    assert [task.ahead for task in given] == [*ranges[workers:], *[None] * workers]
+    known = ranges[workers:] if hosts == 1 else []
+    assert [task.ahead for task in given] == [*known, *[None] * (len(ranges) - len(known))]
 
 
 @pytest.mark.parametrize("is_there", [True, False])

@@ -1,7 +1,9 @@
 """Shards: every planned row once, the same bytes however the work is cut, nothing half-done."""
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import count, pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +24,7 @@ from llmt_prep.shards import SplitTask
 from llmt_prep.windows import in_windows
 from llmt_shared.chunks import ArrayFolder
 from llmt_shared.dataset import Split
+from llmt_shared.errors import DataError
 from llmt_shared.segments import IGNORE
 
 L, PER_SHARD = 16, 10
@@ -49,7 +52,13 @@ def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SplitTask:
     )
     monkeypatch.setattr(shards, "load_rows", lambda _: plan)
     monkeypatch.setattr(shards.corpora, "load", lambda *_: make_corpus(unit_lengths))
-    return SplitTask(str(tmp_path), "train", 3, L, min(PER_SHARD, plan.num_rows), "uint16", 5, "pretrain")
+    staged(tmp_path, "this")
+    return SplitTask(str(tmp_path), "train", 3, L, min(PER_SHARD, plan.num_rows), "uint16", 5, "pretrain", "this")
+
+
+def staged(folder: Path, recipe: str) -> None:
+    """Make a folder the staging directory of a recipe."""
+    (folder / "recipe.json").write_text(json.dumps({"recipe": recipe}))
 
 
 def build(task: SplitTask) -> shards.Totals:
@@ -143,7 +152,7 @@ def test_rows_are_permuted_inside_their_group_only(task: SplitTask, monkeypatch:
 def test_a_group_is_whole_shards_of_at_most_four_million_rows_or_one_shard(
     per_shard: int, shards_of_group: int
 ) -> None:
-    task = SplitTask("", "train", 1, 2, per_shard, "uint16", 0, "pretrain")
+    task = SplitTask("", "train", 1, 2, per_shard, "uint16", 0, "pretrain", "this")
     assert task.rows_per_group == shards_of_group * per_shard
 
 
@@ -155,10 +164,41 @@ def test_a_shard_that_fails_is_not_recorded(task: SplitTask, monkeypatch: pytest
         patch.setattr(arrays.ChunkWriter, "finish", fail)
         with pytest.raises(OSError, match="No space"):
             shards.write_shard(task, 0)
-    assert [path for path in Path(task.staging).rglob("*") if path.is_file()] == []
+    assert [path.name for path in Path(task.staging).rglob("*") if path.is_file()] == ["recipe.json"]
     assert not shards.is_written(task, 0)
     shards.write_shard(task, 0)
     assert shards.is_written(task, 0)
+
+
+def test_a_task_of_another_recipe_writes_nothing(task: SplitTask) -> None:
+    staged(Path(task.staging), "another")
+    with pytest.raises(DataError, match="is not of this run any more"):
+        shards.write_shard(task, 0)
+    assert [path.name for path in Path(task.staging).rglob("*") if path.is_file()] == ["recipe.json"]
+
+
+def test_a_task_whose_staging_directory_is_gone_does_not_make_it_again(task: SplitTask, tmp_path: Path) -> None:
+    gone = replace(task, staging=str(tmp_path / "published"))
+    with pytest.raises(DataError, match="is not of this run any more"):
+        shards.write_shard(gone, 0)
+    assert not Path(gone.staging).exists()
+
+
+def test_a_shard_whose_temporary_file_was_removed_never_appears(
+    task: SplitTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So does a task that was taken for lost and goes on when another run has cleaned up."""
+
+    def cleaned_up(self: arrays.ChunkWriter, finish: Callable[..., None] = arrays.ChunkWriter.finish) -> None:
+        finish(self)
+        for leftover in Path(task.staging).rglob("*.tmp"):
+            leftover.unlink()
+
+    monkeypatch.setattr(arrays.ChunkWriter, "finish", cleaned_up)
+    with pytest.raises(FileNotFoundError):
+        shards.write_shard(task, 0)
+    assert not task.chunk(0).exists()
+    assert not task.sidecar(0).exists()
 
 
 def test_a_shard_whose_tokens_are_gone_is_not_done(task: SplitTask) -> None:
@@ -183,7 +223,8 @@ def chat_task(folder: Path, kind: str, unit_documents: Sequence[int] = (40,)) ->
     """A plan of chats or pairs, two epochs of them, that is gathered as the pipeline does it."""
     corpus = write_chats(folder / "store", chats_of(kind), unit_documents)
     corpora.save(corpus, folder / "corpus.json")
-    task = SplitTask(str(folder), "train", 2, LONG, PER_SHARD, "uint16", 5, kind)  # type: ignore[arg-type]
+    task = SplitTask(str(folder), "train", 2, LONG, PER_SHARD, "uint16", 5, kind, "this")  # type: ignore[arg-type]
+    staged(folder, "this")
     windows = in_windows([documents_of(corpus)] * 2, 64)
     write_rows(task.plan_directory, windows, corpus, LONG, OVERFLOW[kind], 0.9)
     return task

@@ -2,13 +2,10 @@
 
 import multiprocessing
 import os
-import pickle
 import signal
 import sys
-import textwrap
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -18,9 +15,8 @@ from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
+from llmt_prep.executor.worker import Task, named, outcome, use_one_thread
 from llmt_shared.errors import Stopped
-
-Task = tuple[Any, ...]
 
 _GRACE = 5.0
 """Seconds that a worker has to remove what it was writing, before it is killed."""
@@ -34,25 +30,30 @@ class _Worker(NamedTuple):
     """Tasks go out, (result, error) come back."""
 
 
-def run_local(function: Callable[..., Any], tasks: Iterable[Task], workers: int) -> Iterator[tuple[int, Any]]:
-    """Run ``function(*task)`` for every task; yields (index of the task, result).
+class Local(NamedTuple):
+    """An executor, as the room's contract says."""
 
-    Args:
-        function: see the contract of the room.
-        tasks: see the contract of the room; any iterable.
-        workers: processes, of which no more start than there are tasks; 1 runs everything here.
+    workers: int
+    """Processes, of which no more start than there are tasks; 1 runs everything here."""
 
-    Raises:
-        Stopped: a worker died.
-        Exception: what a task raised; the tasks that still run are ended first.
-    """
-    waiting = iter(enumerate(tasks))
-    first = list(islice(waiting, workers))
-    if len(first) > 1:
-        yield from _in_processes(function, first, waiting)
-        return
-    for index, task in chain(first, waiting):
-        yield index, function(*task)
+    @property
+    def hosts(self) -> int:
+        """This machine."""
+        return 1
+
+    def run(self, function: Callable[..., Any], tasks: Iterable[Task]) -> Iterator[tuple[int, Any]]:
+        """Run tasks, as the room's contract says; a worker that dies stops the run."""
+        waiting = iter(enumerate(tasks))
+        first = list(islice(waiting, self.workers))
+        if len(first) > 1:
+            yield from _in_processes(function, first, waiting)
+            return
+        for index, task in chain(first, waiting):
+            yield index, function(*task)
+
+    def report(self) -> dict[str, object]:
+        """What run.json says of it."""
+        return {"executor": "local", "workers": self.workers}
 
 
 def usable_cpus() -> int:
@@ -143,8 +144,7 @@ def _fail_dead(worker: _Worker, function: Callable[..., Any], index: int, task: 
     worker.process.join(_GRACE)
     code = worker.process.exitcode or 0
     how = f"was killed by {_name(-code)}" if code < 0 else f"ended with exit code {code}"
-    what = textwrap.shorten(repr(task), 300)
-    raise Stopped(f"a worker process {how} in task {index}, {function.__name__}{what}; {_GO_ON}") from None
+    raise Stopped(f"a worker process {how} in {named(function, index, task)}; {_GO_ON}") from None
 
 
 def _name(number: int) -> str:
@@ -169,38 +169,20 @@ def _serve(connection: Connection, function: Callable[..., Any]) -> None:
     """Run tasks until there are no more; the main function of a worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, _end_task)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker is one of as many as there are CPUs
-    os.environ["FASTOKENS_BPE_THREADS"] = "1"  # so here, where each thread would also grow a cache of words of its own
+    use_one_thread()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         try:
             task = connection.recv()
         except EOFError:
             return
-        connection.send(_outcome(function, task))
-
-
-def _outcome(function: Callable[..., Any], task: Task) -> tuple[Any, Exception | None]:
-    try:
-        return function(*task), None
-    except Exception as error:
-        return None, _portable(error)
+        connection.send(outcome(function, task))
 
 
 def _end_task(number: int, frame: FrameType | None) -> None:
     """End by an exception, so that files that are half-written are removed on the way out."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: the way out must not be cut short
     sys.exit(_TERMINATED)
-
-
-def _portable(error: Exception) -> Exception:
-    """Return an error that another process can read, with the place where it was raised for `--traceback`."""
-    error.add_note(f"In a worker process:\n{traceback.format_exc()}")
-    try:
-        pickle.loads(pickle.dumps(error))  # noqa: S301  our own bytes
-    except Exception:
-        return RuntimeError("".join(traceback.format_exception(error)))
-    return error
 
 
 def _end_with_parent() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llmt_prep import corpus as corpora
-from llmt_prep import finish
+from llmt_prep import finish, staging
 from llmt_prep.config import HoldoutConfig, Kind, MixConfig, resolved
 from llmt_prep.corpus import Corpus
 from llmt_prep.ledger import Ledger, source_ledgers
@@ -18,6 +18,7 @@ from llmt_prep.store import token_dtype
 from llmt_prep.tokenizer import LoadedTokenizer
 from llmt_shared.manifest import NAME, SplitEntry
 
+_RECIPE = "of a trial"
 _SHARD_BYTES = 64_000_000
 _SHARDS_PER_WORKER = 2
 _MOST_BYTES = 1_000_000_000
@@ -88,7 +89,8 @@ def pack_sample(
 
 def train_task(folder: Path, num_sources: int, length: int, per_shard: int, dtype: str, kind: Kind) -> SplitTask:
     """Return what the shards of a trial share, whose plan is in the folder."""
-    return SplitTask(str(folder), "train", num_sources, length, per_shard, dtype, seed=0, kind=kind)
+    staging.name_recipe(folder, _RECIPE)
+    return SplitTask(str(folder), "train", num_sources, length, per_shard, dtype, seed=0, kind=kind, recipe=_RECIPE)
 
 
 def _plan(config: MixConfig, corpus: Corpus, selected: Selected, folder: Path) -> int:
