@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, fie
 
 from llmt_prep.packing import CARRY, WINDOW, Overflow
 from llmt_shared.config import Bytes, Count, StrictModel, UserPath, parse_count
+from llmt_shared.objects import ObjectPath, location_of
 
 
 def _require_rows_with_targets(length: int) -> int:
@@ -18,6 +19,11 @@ def _require_rows_with_targets(length: int) -> int:
 
 def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
+
+
+def _source_path(text: str) -> str:
+    location = location_of(text)
+    return str(location) if isinstance(location, ObjectPath) or text.lower().startswith("file://") else text
 
 
 def _as_tokenizer(value: object) -> object:
@@ -126,8 +132,9 @@ class PackingConfig(StrictModel):
 class SourceConfig(StrictModel):
     """One corpus of the mixture."""
 
-    path: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
-    """Files, globs or folders, relative to the working directory; excludes `hf`."""
+    path: Annotated[tuple[Annotated[str, AfterValidator(_source_path)], ...], BeforeValidator(_as_list)] = ()
+    """Files, globs or folders, relative to the working directory, or their URLs, such as s3://bucket/raw/*.jsonl.zst;
+    excludes `hf`."""
     hf: str | None = None
     """Hub id (or local folder) for `datasets.load_dataset`; excludes `path`."""
     name: str | None = None

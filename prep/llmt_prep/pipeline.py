@@ -24,10 +24,10 @@ from llmt_prep import finish, shards, staging
 from llmt_prep.cache import being_read, cache_of, in_use, is_cache, tokenizer_directory
 from llmt_prep.config import MixConfig, resolved
 from llmt_prep.corpus import Corpus
+from llmt_prep.documents import check_unchanged
 from llmt_prep.executor import Executor, local
 from llmt_prep.explain import CacheUse, cache_use
 from llmt_prep.guard import inexact_engines
-from llmt_prep.hashes import check_unchanged
 from llmt_prep.ingest import place_units, tokenize_inputs
 from llmt_prep.inputs import Inputs, find_inputs
 from llmt_prep.ledger import Ledger, SplitLedger, mistakes, source_ledgers

@@ -135,15 +135,15 @@ class ObjectPath:
         """Return all of it as text."""
         return self.read_bytes().decode(encoding)
 
-    def pieces(self, size: int) -> Iterator[bytes]:
-        """Yield all ``size`` bytes in order; the next pieces are on their way meanwhile."""
-        starts = iter(range(0, size, PIECE))
+    def pieces(self, stop: int, start: int = 0) -> Iterator[bytes]:
+        """Yield bytes ``start`` to ``stop`` in order; the next pieces are on their way meanwhile."""
+        starts = iter(range(start, stop, PIECE))
         with ThreadPoolExecutor(_AT_ONCE, "llmt-object") as pool:
             waiting: deque[Future[bytes]] = deque()
             try:
                 while True:
-                    while len(waiting) < _AT_ONCE and (start := next(starts, None)) is not None:
-                        waiting.append(pool.submit(self.read_range, start, min(start + PIECE, size)))
+                    while len(waiting) < _AT_ONCE and (first := next(starts, None)) is not None:
+                        waiting.append(pool.submit(self.read_range, first, min(first + PIECE, stop)))
                     if not waiting:
                         return
                     yield waiting.popleft().result()
@@ -233,6 +233,12 @@ def store_below(path: ObjectPath) -> Any:
 def is_url(text: str) -> bool:
     """Whether a text is the URL of an object, as far as its beginning tells."""
     return re.match(rf"({'|'.join(_SCHEMES)})://", text) is not None
+
+
+def is_encrypted(url: str) -> bool:
+    """Whether requests go over TLS, which notices every bit that changes on the way."""
+    endpoints = (os.environ.get(name, "") for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"))
+    return not url.startswith("http://") and not any(each.startswith("http://") for each in endpoints)
 
 
 def _known() -> str:
@@ -363,9 +369,7 @@ def _opened(path: ObjectPath) -> Any:
 def _store(url: str) -> Any:
     from obstore.store import from_url
 
-    endpoints = (os.environ.get(name, "") for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"))
-    is_plain = url.startswith("http://") or any(each.startswith("http://") for each in endpoints)
-    options: Any = {"timeout": "60s", "connect_timeout": "10s"} | ({"allow_http": True} if is_plain else {})
+    options: Any = {"timeout": "60s", "connect_timeout": "10s"} | ({} if is_encrypted(url) else {"allow_http": True})
     retries: Any = {"max_retries": 4, "retry_timeout": timedelta(seconds=60)}
     provider = _profile() if url.startswith("s3") else None
     return from_url(url, client_options=options, retry_config=retries, credential_provider=provider)

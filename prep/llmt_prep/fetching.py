@@ -1,0 +1,142 @@
+"""Input objects as files of this machine, checked: every reader reads files, and a network may change what it brings.
+
+An object is fetched whole once, to be hashed, and then unit by unit, to be tokenized: what a unit holds must be what
+was hashed. The copies lie in the folder for temporary files (TMPDIR) and are gone when they have been read.
+"""
+
+import hashlib
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from llmt_prep import documents
+from llmt_prep.documents import FileStat, Unit
+from llmt_prep.tokenization import hash_content
+from llmt_shared import durable
+from llmt_shared.errors import DataError, StoreError
+from llmt_shared.objects import ObjectPath, is_encrypted, is_url
+
+_TRIES = 4
+"""At bytes that are not what they should be."""
+_WAY_OUT = "mend the network or the store, or copy the file elsewhere"
+
+
+class Fetched(NamedTuple):
+    """An object that lies in a temporary file."""
+
+    copy: str
+    sha256: str
+
+
+@contextmanager
+def fetched(file: FileStat) -> Iterator[Fetched]:
+    """Give an object whole, as long as the block lasts.
+
+    It is believed where its MD5 is its etag, or where two readings agree: the etag of what was uploaded in parts, or is
+    kept encrypted, is no MD5. One reading is enough over TLS where the etag does not look like an MD5.
+
+    Raises:
+        DataError: it comes with other bytes each time, or is not there any more.
+    """
+    seen: set[str] = set()
+    with _temporary_file() as copy:
+        etag = _etag(file.path)
+        for _ in range(_TRIES):
+            sha256, md5 = _download(file, copy)
+            if (md5 == etag if _is_md5(etag) else is_encrypted(file.path)) or sha256 in seen:
+                break
+            seen.add(sha256)
+        else:
+            raise DataError(f"{file.path}: other bytes came each of {_TRIES} times that it was read; {_WAY_OUT}")
+        yield Fetched(copy.name, sha256)
+
+
+@contextmanager
+def at_hand(unit: Unit, content: str, file: FileStat) -> Iterator[Unit]:
+    """Give a unit whose bytes lie on this machine and are those that were hashed; a local one as it is.
+
+    Args:
+        unit: of an object, its own bytes are fetched, to their places in a file with holes.
+        content: what `hash_content` said of it.
+        file: the object, as it was then.
+
+    Raises:
+        DataError: it has changed, or comes with other bytes each time.
+    """
+    if not is_url(unit.path):
+        yield unit
+        return
+    with _temporary_file() as copy:
+        ours = replace(unit, copy=copy.name)
+        for tries_left in reversed(range(_TRIES)):
+            if _is_fetched(unit, file, copy, tries_left) and hash_content(ours) == content:
+                break
+            documents.check_unchanged((file,))
+        else:
+            raise DataError(
+                f"{unit.path}: bytes {unit.start} to {unit.stop} are not what was hashed, in each of {_TRIES} "
+                f"readings, and the store calls it unchanged; {_WAY_OUT}, and run the same command with --rehash"
+            )
+        yield ours
+
+
+def _is_fetched(unit: Unit, file: FileStat, copy: Any, tries_left: int) -> bool:
+    """Write the bytes of a unit, or say that it is to be tried again."""
+    try:
+        _copy_ranges(unit, file.bytes, copy)
+    except (DataError, StoreError):  # a bit of a footer that flipped leads anywhere
+        documents.check_unchanged((file,))
+        if not tries_left:
+            raise
+        return False
+    return True
+
+
+def _copy_ranges(unit: Unit, size: int, copy: Any) -> None:
+    """One byte before each range too: where a line begins is told by the line feed before it."""
+    copy.truncate(0)
+    copy.truncate(size)
+    for begin, end in documents.unit_ranges(unit):
+        first = min(max(begin - 1, 0), size)
+        copy.seek(first)
+        for piece in _pieces(unit.path, first, min(end, size)):
+            _write(copy, piece)
+
+
+def _download(file: FileStat, copy: Any) -> tuple[str, str]:
+    """Write an object; returns its sha256 and MD5."""
+    sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
+    copy.seek(0)
+    for piece in _pieces(file.path, 0, file.bytes):
+        sha256.update(piece)
+        md5.update(piece)
+        _write(copy, piece)
+    return sha256.hexdigest(), md5.hexdigest()
+
+
+def _pieces(path: str, begin: int, end: int) -> Iterator[bytes]:
+    with documents.reading_from(path):
+        yield from ObjectPath(path).pieces(end, begin)
+
+
+def _etag(path: str) -> str:
+    with documents.reading_from(path):
+        return ObjectPath(path).stat().etag
+
+
+def _is_md5(etag: str) -> bool:
+    return re.fullmatch(r"[0-9a-f]{32}", etag) is not None
+
+
+def _temporary_file() -> Any:
+    return tempfile.NamedTemporaryFile(prefix="llmt-input-", buffering=0)
+
+
+def _write(file: Any, content: bytes) -> None:
+    rest = memoryview(content)
+    with durable.naming(file.name):
+        while rest:
+            rest = rest[file.write(rest) :]
