@@ -29,6 +29,8 @@ class Faults:
 
     error: float = 0.0
     """503 instead of an answer."""
+    refused: float = 0.0
+    """403 instead of an answer, as to wrong credentials."""
     truncated: float = 0.0
     """The connection ends in the middle of the body."""
     flipped: float = 0.0
@@ -116,6 +118,9 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self._happens("error"):
             self._answer(503, {}, b"<Error><Code>SlowDown</Code></Error>")
+            return
+        if self.server.store.faults.refused and self._happens("refused"):
+            self._answer(403, {}, b"<Error><Code>InvalidAccessKeyId</Code></Error>")
             return
         if self._happens("stalled"):
             time.sleep(self.server.store.faults.stall)

@@ -19,8 +19,10 @@ from llmt_shared import durable
 from llmt_shared.errors import DataError, StoreError
 from llmt_shared.objects import ObjectPath, is_encrypted, is_url
 
-_TRIES = 4
+_TRIES = 8
 """At bytes that are not what they should be."""
+_MAGIC_BYTES = 8
+"""Of an Arrow file; a stream has none."""
 _WAY_OUT = "mend the network or the store, or copy the file elsewhere"
 
 
@@ -72,9 +74,8 @@ def at_hand(unit: Unit, content: str, file: FileStat) -> Iterator[Unit]:
     with _temporary_file() as copy:
         ours = replace(unit, copy=copy.name)
         for tries_left in reversed(range(_TRIES)):
-            if _is_fetched(unit, file, copy, tries_left) and hash_content(ours) == content:
+            if _is_fetched(ours, content, file, copy, tries_left):
                 break
-            documents.check_unchanged((file,))
         else:
             raise DataError(
                 f"{unit.path}: bytes {unit.start} to {unit.stop} are not what was hashed, in each of {_TRIES} "
@@ -83,23 +84,26 @@ def at_hand(unit: Unit, content: str, file: FileStat) -> Iterator[Unit]:
         yield ours
 
 
-def _is_fetched(unit: Unit, file: FileStat, copy: Any, tries_left: int) -> bool:
-    """Write the bytes of a unit, or say that it is to be tried again."""
+def _is_fetched(unit: Unit, content: str, file: FileStat, copy: Any, tries_left: int) -> bool:
+    """Write the bytes of a unit, and say whether they are those that were hashed."""
     try:
         _copy_ranges(unit, file.bytes, copy)
+        if hash_content(unit) == content:
+            return True
     except (DataError, StoreError):  # a bit of a footer that flipped leads anywhere
         documents.check_unchanged((file,))
         if not tries_left:
             raise
-        return False
-    return True
+    documents.check_unchanged((file,))
+    return False
 
 
 def _copy_ranges(unit: Unit, size: int, copy: Any) -> None:
-    """One byte before each range too: where a line begins is told by the line feed before it."""
+    """With what tells what they are: the first bytes of the file, and before a line the line feed."""
     copy.truncate(0)
     copy.truncate(size)
-    for begin, end in documents.unit_ranges(unit):
+    magic = [(0, _MAGIC_BYTES)] if unit.reader == "arrow" else []
+    for begin, end in [*magic, *documents.unit_ranges(replace(unit, copy=""))]:
         first = min(max(begin - 1, 0), size)
         copy.seek(first)
         for piece in _pieces(unit.path, first, min(end, size)):
@@ -110,10 +114,14 @@ def _download(file: FileStat, copy: Any) -> tuple[str, str]:
     """Write an object; returns its sha256 and MD5."""
     sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
     copy.seek(0)
-    for piece in _pieces(file.path, 0, file.bytes):
-        sha256.update(piece)
-        md5.update(piece)
-        _write(copy, piece)
+    try:
+        for piece in _pieces(file.path, 0, file.bytes):
+            sha256.update(piece)
+            md5.update(piece)
+            _write(copy, piece)
+    except StoreError:
+        documents.check_unchanged((file,))  # of one that became shorter, the rest cannot be had
+        raise
     return sha256.hexdigest(), md5.hexdigest()
 
 
@@ -136,7 +144,7 @@ def _temporary_file() -> Any:
 
 
 def _write(file: Any, content: bytes) -> None:
-    rest = memoryview(content)
     with durable.naming(file.name):
+        rest = memoryview(content)
         while rest:
             rest = rest[file.write(rest) :]

@@ -122,6 +122,8 @@ class ObjectPath:
         def read(library: Any, store: Any) -> bytes:
             content = bytes(library.get_range(store, self.key, start=start, end=stop))
             if len(content) != stop - start:
+                if (size := library.head(store, self.key)["size"]) < stop:
+                    raise StoreError(f"{self}: has {size} bytes; wanted those from {start} to {stop}")
                 raise _ShortAnswerError(f"{len(content)} bytes came of {stop - start}")
             return content
 
@@ -310,8 +312,9 @@ def _raise_final(path: ObjectPath, error: Exception) -> None:
     """Raise what another try will not mend, in the words of a file system where it has them."""
     from obstore import exceptions
 
-    if isinstance(error, FileNotFoundError):  # as is obstore's own, which does not know the URL
-        missing = "no such bucket" if "NoSuchBucket" in str(error) else "no such object"
+    has_no_bucket = "NoSuchBucket" in str(error)
+    if has_no_bucket or isinstance(error, FileNotFoundError):  # as is obstore's own, which does not know the URL
+        missing = "no such bucket" if has_no_bucket else "no such object"
         raise FileNotFoundError(errno.ENOENT, missing, str(path)) from None
     if isinstance(error, exceptions.AlreadyExistsError):
         raise FileExistsError(errno.EEXIST, "is there already", str(path)) from None

@@ -31,6 +31,8 @@ def _match(url: str, reading: Reading) -> Sequence[ObjectFile]:
     path = ObjectPath(url)
     if not path.can_list and glob.has_magic(url):
         raise ConfigError(f"{url}: a web server does not list its files, so that none can match; name each in `path:`")
+    if path.can_list and not path.key:
+        return _folder(path, reading)  # of a bucket alone some stores say that it is an object
     try:
         files = [ObjectFile(path, path.stat())]
     except FileNotFoundError as error:
