@@ -11,7 +11,7 @@ from llmt_prep.config import MixConfig, SourceConfig
 from llmt_prep.documents import FileStat, Reading, Unit, full_name
 from llmt_prep.executor import Executor
 from llmt_prep.hashes import FileHashes, Job, hash_inputs
-from llmt_prep.staging import staging_of
+from llmt_prep.staging import staging_of, work_of
 from llmt_shared.errors import ConfigError
 from llmt_shared.objects import is_url
 
@@ -129,7 +129,8 @@ def _span(unit: Unit, size: int, number: int, num_units: int) -> tuple[int, int]
 
 def _refuse_own_files(config: MixConfig, cache: Path, found: list[InputFile]) -> None:
     """A source that holds the output would be another source on every run."""
-    own = tuple(f"{full_name(str(folder))}/" for folder in (config.output, staging_of(config.output), cache))
+    folders = (config.output, staging_of(work_of(config.output)), cache)
+    own = tuple(f"{full_name(str(folder))}/" for folder in folders)
     for file in found:
         if full_name(file.path).startswith(own):
             raise ConfigError(

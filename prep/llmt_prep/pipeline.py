@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from llmt_prep import corpus as corpora
-from llmt_prep import finish, shards, staging
+from llmt_prep import finish, shards, staging, uploading
 from llmt_prep.cache import being_read, cache_of, in_use, is_cache, tokenizer_directory
 from llmt_prep.config import MixConfig, resolved
 from llmt_prep.corpus import Corpus
@@ -42,6 +42,7 @@ from llmt_prep.tokenizer import LoadedTokenizer, load_tokenizer
 from llmt_shared import __version__, durable
 from llmt_shared.errors import ConfigError, FormatError
 from llmt_shared.manifest import NAME, Manifest, SplitEntry, read_manifest, wrong_files
+from llmt_shared.objects import Location, ObjectPath
 from llmt_shared.progress import say, stage
 
 
@@ -49,7 +50,7 @@ from llmt_shared.progress import say, stage
 class Built:
     """A finished dataset."""
 
-    path: Path
+    path: Location
     manifest: Manifest
     digest: str
     is_new: bool
@@ -75,7 +76,7 @@ def build_dataset(config: MixConfig, *, workers: int | None = None, force: bool 
     Args:
         config: the mix.
         workers: processes; ``None`` takes the mix's, else one for each usable CPU.
-        force: replace a finished dataset of another recipe.
+        force: replace a finished dataset of another recipe; below a URL none is replaced.
         rehash: read every input file to see whether it changed, even where size, time and inode did not.
 
     Raises:
@@ -83,12 +84,15 @@ def build_dataset(config: MixConfig, *, workers: int | None = None, force: bool 
         DataError: input that cannot be used.
         FormatError: the dataset that is there is damaged.
         Stopped: the disk is full.
+        StoreError: an object store gives no answer.
     """
     executor = local(workers or config.workers)
-    if config.output.is_symlink():  # a rename would replace the link, not the folder on the disk that it points at
-        config = config.model_copy(update={"output": config.output.resolve()})
-    with staging.locked(config.output), in_use(cache_of(config)):
-        staging.recover(config.output)
+    output = config.output
+    if isinstance(output, Path) and output.is_symlink():  # a rename would replace the link, not what it points at
+        config = config.model_copy(update={"output": output.resolve()})
+    work = staging.work_of(config.output)
+    with staging.locked(work), in_use(cache_of(config)):
+        staging.recover(work)
         _check_output(config.output)
         return _build(config, executor, force, rehash)
 
@@ -132,11 +136,12 @@ def _build(config: MixConfig, executor: Executor, force: bool, rehash: bool) -> 
     config = _with_formats(config, inputs)
     mix = resolved(config, inputs.commits, tokenizer.commit)
     recipe = recipe_of(mix, inputs.files, tokenizer.digest)
-    if not force and (done := _finished(config.output, recipe)) is not None:
-        staging.clear(config.output)  # what a `--force` left that was stopped and is not wanted any more
+    work = staging.work_of(config.output)
+    if (done := _finished(config.output, recipe, force=force)) is not None:
+        staging.clear(work)  # what a `--force` left that was stopped and is not wanted any more
         return done
     _tell_of_template(config, tokenizer)
-    directory, is_resumed = staging.prepare(config.output, recipe)
+    directory, is_resumed = staging.prepare(work, recipe)
     if is_resumed:
         say(f"going on with {directory}")
     with clock("tokenize"):
@@ -147,6 +152,8 @@ def _build(config: MixConfig, executor: Executor, force: bool, rehash: bool) -> 
         splits = _plan_rows(config, directory, corpus, selected)
     with clock("gather"):
         dtype = token_dtype(tokenizer.max_id)
+        if isinstance(config.output, ObjectPath):
+            uploading.claim(config.output, recipe)
         totals = {name: _gather(config, directory, corpus, name, dtype, executor) for name in splits}
     with clock("finish"):
         ledger = _close_books(config, inputs, corpus, selected, directory, totals)
@@ -154,9 +161,14 @@ def _build(config: MixConfig, executor: Executor, force: bool, rehash: bool) -> 
         finish.write_companions(data, mix, tokenizer, ledger, inputs.files, corpus)
         header = _header(config, tokenizer, recipe, totals)
         known = {path: sha256 for total in totals.values() for path, sha256 in total.sha256.items()}
-        finish.write_manifest(data, header, known)
+        uploaded = {path: size for total in totals.values() for path, size in total.uploaded.items()}
+        finish.write_manifest(data, header, known, uploaded)
     durable.write(data / finish.RUN_REPORT, _run_report(started, clock, executor, tokenizer, corpus))
-    staging.publish(config.output)
+    if isinstance(config.output, ObjectPath):
+        uploading.publish(config.output, data)
+        staging.clear(work)
+    else:
+        staging.publish(config.output)
     return Built(config.output, *read_manifest(config.output), is_new=True)
 
 
@@ -188,25 +200,43 @@ def _with_formats(config: MixConfig, inputs: Inputs) -> MixConfig:
     return with_formats(config, inputs)
 
 
-def _check_output(output: Path) -> None:
+def _check_output(output: Location) -> None:
     """Before hours of work: what cannot be replaced is not written over, with or without force."""
+    if isinstance(output, ObjectPath):
+        uploading.check_free(output)
+        return
     is_free = not output.exists() or (output.is_dir() and not any(output.iterdir()))
     if not is_free and not (output / NAME).exists():
         raise ConfigError(f"{output}: exists and is no dataset; wanted a new directory as `output`")
 
 
-def _finished(output: Path, recipe: str) -> Built | None:
+def _finished(output: Location, recipe: str, *, force: bool) -> Built | None:
     """The dataset where it is there already; an error where another is, or where its files are not whole."""
-    if not (output / NAME).exists():
+    if isinstance(output, ObjectPath):
+        return _finished_in_store(output, recipe, force=force)
+    if force or not (output / NAME).exists():
         return None
+    return _sound(output, recipe, "choose another `output`, or --force to replace it")
+
+
+def _finished_in_store(output: ObjectPath, recipe: str, *, force: bool) -> Built | None:
+    if not (output / NAME).exists():
+        uploading.check_note(output, recipe)
+        return None
+    way_out = "choose another `output`, or remove all objects below it first"
+    if force:
+        raise ConfigError(f"{output}: holds a finished dataset, and --force replaces none in a store; {way_out}")
+    done = _sound(output, recipe, way_out)
+    uploading.release(output)  # a kill may have come between the manifest and this
+    return done
+
+
+def _sound(output: Location, recipe: str, way_out: str) -> Built:
     manifest, digest = read_manifest(output)
     if manifest.recipe != recipe:
-        raise ConfigError(
-            f"{output}: holds a finished dataset made from another mix, input or tokenizer; "
-            f"choose another `output`, or --force to replace it"
-        )
+        raise ConfigError(f"{output}: holds a finished dataset made from another mix, input or tokenizer; {way_out}")
     if wrong := wrong_files(output, manifest):
-        raise FormatError(f"{wrong[0]}; copy the dataset again, or --force to make it again")
+        raise FormatError(f"{wrong[0]}; copy the dataset again, or {way_out}")
     return Built(output, manifest, digest, is_new=False)
 
 
@@ -232,9 +262,11 @@ def _gather(
 ) -> Totals:
     num_rows, length = load_rows(directory / "rows" / split).num_rows, config.sequence.length
     per_shard = shards.rows_per_shard(num_rows, length, dtype.itemsize, config.shard_size)
-    task = SplitTask(str(directory), split, corpus.num_sources, length, per_shard, dtype.name, config.seed, config.kind)
-    numbers = range(shards.num_shards(num_rows, per_shard))
-    missing = [number for number in numbers if not shards.is_written(task, number)]
+    store = config.output if isinstance(config.output, ObjectPath) else None
+    task = SplitTask(
+        str(directory), split, corpus.num_sources, length, per_shard, dtype.name, config.seed, config.kind, store
+    )
+    missing = shards.unwritten(task, shards.num_shards(num_rows, per_shard))
     with stage(f"{split} shards", len(missing)) as advance:
         for _ in executor.run(shards.write_shard, ((task, number) for number in missing)):
             advance(1)

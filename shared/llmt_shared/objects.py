@@ -31,9 +31,10 @@ PATIENCE = 180.0
 PIECE = 16 << 20
 """Bytes of one request for a long object."""
 
-_SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss", "http", "https")
-_PART = 16 << 20
+PART = 16 << 20
 """Bytes of one request of an upload; S3 takes no less than 5 MiB."""
+
+_SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss", "http", "https")
 _AT_ONCE = 4
 """Pieces of one object on their way."""
 _PAUSES = (0.1, 10.0)
@@ -179,9 +180,11 @@ class ObjectPath:
         mode = "create" if is_new else "overwrite"
         _patient(self, lambda library, store: library.put(store, self.key, content, mode=mode, use_multipart=False))
 
-    def upload(self, path: Path) -> None:
-        """Write an object from a file, in parts."""
-        _patient(self, lambda library, store: library.put(store, self.key, path, chunk_size=_PART))
+    def upload(self, path: Path) -> str:
+        """Write an object from a file, in parts where it is longer than one; returns its etag."""
+        options = {"use_multipart": path.stat().st_size > PART, "chunk_size": PART, "max_concurrency": _AT_ONCE}
+        result = _patient(self, lambda library, store: library.put(store, self.key, path, **options))
+        return (result["e_tag"] or "").strip('"')
 
     def unlink(self) -> None:
         """Remove an object; without one, nothing happens."""
