@@ -5,12 +5,14 @@ was hashed. The copies lie in the folder for temporary files (TMPDIR) and are go
 """
 
 import hashlib
+import os
 import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 from llmt_prep import documents
 from llmt_prep.documents import FileStat, Unit
@@ -44,7 +46,7 @@ def fetched(file: FileStat) -> Iterator[Fetched]:
         DataError: it comes with other bytes each time, or is not there any more.
     """
     seen: set[str] = set()
-    with _temporary_file() as copy:
+    with _temporary_file() as (copy, name):
         etag = _etag(file.path)
         for _ in range(_TRIES):
             sha256, md5 = _download(file, copy)
@@ -53,7 +55,7 @@ def fetched(file: FileStat) -> Iterator[Fetched]:
             seen.add(sha256)
         else:
             raise DataError(f"{file.path}: other bytes came each of {_TRIES} times that it was read; {_WAY_OUT}")
-        yield Fetched(copy.name, sha256)
+        yield Fetched(name, sha256)
 
 
 @contextmanager
@@ -71,8 +73,8 @@ def at_hand(unit: Unit, content: str, file: FileStat) -> Iterator[Unit]:
     if not is_url(unit.path):
         yield unit
         return
-    with _temporary_file() as copy:
-        ours = replace(unit, copy=copy.name)
+    with _temporary_file() as (copy, name):
+        ours = replace(unit, copy=name)
         for tries_left in reversed(range(_TRIES)):
             if _is_fetched(ours, content, file, copy, tries_left):
                 break
@@ -84,7 +86,7 @@ def at_hand(unit: Unit, content: str, file: FileStat) -> Iterator[Unit]:
         yield ours
 
 
-def _is_fetched(unit: Unit, content: str, file: FileStat, copy: Any, tries_left: int) -> bool:
+def _is_fetched(unit: Unit, content: str, file: FileStat, copy: BinaryIO, tries_left: int) -> bool:
     """Write the bytes of a unit, and say whether they are those that were hashed."""
     try:
         _copy_ranges(unit, file.bytes, copy)
@@ -98,7 +100,7 @@ def _is_fetched(unit: Unit, content: str, file: FileStat, copy: Any, tries_left:
     return False
 
 
-def _copy_ranges(unit: Unit, size: int, copy: Any) -> None:
+def _copy_ranges(unit: Unit, size: int, copy: BinaryIO) -> None:
     """With what tells what they are: the first bytes of the file, and before a line the line feed."""
     copy.truncate(0)
     copy.truncate(size)
@@ -110,7 +112,7 @@ def _copy_ranges(unit: Unit, size: int, copy: Any) -> None:
             _write(copy, piece)
 
 
-def _download(file: FileStat, copy: Any) -> tuple[str, str]:
+def _download(file: FileStat, copy: BinaryIO) -> tuple[str, str]:
     """Write an object; returns its sha256 and MD5."""
     sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
     copy.seek(0)
@@ -139,12 +141,19 @@ def _is_md5(etag: str) -> bool:
     return re.fullmatch(r"[0-9a-f]{32}", etag) is not None
 
 
-def _temporary_file() -> Any:
-    return tempfile.NamedTemporaryFile(prefix="llmt-input-", buffering=0)
+@contextmanager
+def _temporary_file() -> Iterator[tuple[BinaryIO, str]]:
+    """A file and how to open it; on Linux it has no name in its folder, so that not even a kill leaves it there."""
+    if os.path.isdir("/proc/self/fd"):
+        with tempfile.TemporaryFile(buffering=0) as file:
+            yield file, f"/proc/self/fd/{file.fileno()}"
+    else:
+        with tempfile.NamedTemporaryFile(prefix="llmt-input-", buffering=0) as named:
+            yield named.file, named.name
 
 
-def _write(file: Any, content: bytes) -> None:
-    with durable.naming(file.name):
+def _write(file: BinaryIO, content: bytes) -> None:
+    with durable.naming(Path(tempfile.gettempdir())):
         rest = memoryview(content)
         while rest:
             rest = rest[file.write(rest) :]

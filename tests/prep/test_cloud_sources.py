@@ -1,7 +1,12 @@
 """Packing from an object store gives the dataset of the local files, whatever the network does meanwhile."""
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +14,7 @@ from typing import Any
 import object_store
 import pytest
 import small_sources
+from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from llmt_prep import hashes, unit_task
@@ -18,7 +24,7 @@ from llmt_prep.pipeline import Built, build_dataset, dry_run, explain_cache
 from llmt_prep.raw import inspect_record
 from llmt_shared import objects
 from llmt_shared.dataset import open_dataset
-from llmt_shared.errors import DataError, StoreError
+from llmt_shared.errors import ConfigError, DataError, StoreError
 
 OF_NAMES = {"files.parquet", "mix.json", "quarantine.jsonl", "MANIFEST.json", "run.json"}
 """Files of a dataset that say where its sources lie."""
@@ -205,13 +211,57 @@ def test_an_error_of_a_record_names_the_url_and_its_line(mix_of, server, tmp_pat
     ],
 )
 def test_a_url_that_cannot_work_is_one_message_of_the_command(mix_of, server, tmp_path, path, said):
-    from ruamel.yaml import YAML
-
     with (tmp_path / "mix.yaml").open("w") as file:
         YAML().dump(mix_of("pretrain", tmp_path, path=path), file)
     result = CliRunner().invoke(app, ["pack", "--mix", str(tmp_path / "mix.yaml")])
     assert getattr(result.exception, "exit_code", None) == 2
     assert re.search(said, str(result.exception))
+
+
+def test_files_of_a_web_server_are_read_one_by_one(mix_of, local, corpus, tmp_path):
+    names = ["web/a.jsonl", "web/b.jsonl", "web/c.jsonl.zst", "web/d.jsonl.gz"]
+    with object_store.web_server(corpus) as url:
+        mix = mix_of("pretrain", tmp_path, url)
+        mix["sources"]["web"]["path"] = [f"{url}/{name}" for name in names]
+        mix["sources"]["tables"]["path"] = [f"{url}/file.arrow", f"{url}/stream.arrow"]
+        assert small_sources.differing(local["pretrain"].path, build(mix).path) <= OF_NAMES
+        mix["sources"]["web"]["path"] = f"{url}/nothing.jsonl"
+        with pytest.raises(ConfigError, match=r"http://.*/nothing.jsonl: no such object; mend `path:`"):
+            build(mix)
+
+
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 2), (signal.SIGTERM, 1), (signal.SIGKILL, 2)])
+def test_a_stop_leaves_no_copies(mix_of, remote, server, tmp_path, number, workers):
+    (tmp_path / "temporary").mkdir()
+    mix = mix_of("pretrain", tmp_path, server.url("raw"))
+    with (tmp_path / "mix.yaml").open("w") as file:
+        YAML().dump(mix, file)
+    server.faults = object_store.Faults(stalled=1, stall=0.5, only="raw/file.arrow")
+    environment = os.environ | object_store.environment(server) | {"TMPDIR": str(tmp_path / "temporary")}
+    command = [
+        sys.executable,
+        "-m",
+        "llmt_prep",
+        "pack",
+        "--mix",
+        str(tmp_path / "mix.yaml"),
+        "--workers",
+        str(workers),
+    ]
+    process = subprocess.Popen(
+        command, env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)}, stderr=subprocess.PIPE
+    )
+    units, deadline = tmp_path / "cache" / "units", time.monotonic() + 90
+    while not any(units.glob("*/[0-9a-f]*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, log = process.communicate()
+    assert process.returncode == (4 if number == signal.SIGTERM else -signal.SIGKILL), log
+    assert b"Traceback" not in log
+    assert list((tmp_path / "temporary").iterdir()) == []
+    server.faults = object_store.Faults()
+    time.sleep(1)  # until the workers have ended too
+    assert build(mix).digest == remote["pretrain"].digest
 
 
 def test_a_file_url_is_a_path(corpus):
