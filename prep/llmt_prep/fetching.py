@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import IO, NamedTuple
 
 from llmt_prep import documents
 from llmt_prep.documents import FileStat, Unit
@@ -86,7 +86,7 @@ def at_hand(unit: Unit, content: str, file: FileStat) -> Iterator[Unit]:
         yield ours
 
 
-def _is_fetched(unit: Unit, content: str, file: FileStat, copy: BinaryIO, tries_left: int) -> bool:
+def _is_fetched(unit: Unit, content: str, file: FileStat, copy: IO[bytes], tries_left: int) -> bool:
     """Write the bytes of a unit, and say whether they are those that were hashed."""
     try:
         _copy_ranges(unit, file.bytes, copy)
@@ -100,7 +100,7 @@ def _is_fetched(unit: Unit, content: str, file: FileStat, copy: BinaryIO, tries_
     return False
 
 
-def _copy_ranges(unit: Unit, size: int, copy: BinaryIO) -> None:
+def _copy_ranges(unit: Unit, size: int, copy: IO[bytes]) -> None:
     """With what tells what they are: the first bytes of the file, and before a line the line feed."""
     copy.truncate(0)
     copy.truncate(size)
@@ -112,7 +112,7 @@ def _copy_ranges(unit: Unit, size: int, copy: BinaryIO) -> None:
             _write(copy, piece)
 
 
-def _download(file: FileStat, copy: BinaryIO) -> tuple[str, str]:
+def _download(file: FileStat, copy: IO[bytes]) -> tuple[str, str]:
     """Write an object; returns its sha256 and MD5."""
     sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
     copy.seek(0)
@@ -142,7 +142,7 @@ def _is_md5(etag: str) -> bool:
 
 
 @contextmanager
-def _temporary_file() -> Iterator[tuple[BinaryIO, str]]:
+def _temporary_file() -> Iterator[tuple[IO[bytes], str]]:
     """A file and how to open it; on Linux it has no name in its folder, so that not even a kill leaves it there."""
     if os.path.isdir("/proc/self/fd"):
         with tempfile.TemporaryFile(buffering=0) as file:
@@ -152,7 +152,7 @@ def _temporary_file() -> Iterator[tuple[BinaryIO, str]]:
             yield named.file, named.name
 
 
-def _write(file: BinaryIO, content: bytes) -> None:
+def _write(file: IO[bytes], content: bytes) -> None:
     with durable.naming(Path(tempfile.gettempdir())):
         rest = memoryview(content)
         while rest:
