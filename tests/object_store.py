@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -29,6 +30,8 @@ class Faults:
 
     error: float = 0.0
     """503 instead of an answer."""
+    refused: float = 0.0
+    """403 instead of an answer, as to wrong credentials."""
     truncated: float = 0.0
     """The connection ends in the middle of the body."""
     flipped: float = 0.0
@@ -117,6 +120,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self._happens("error"):
             self._answer(503, {}, b"<Error><Code>SlowDown</Code></Error>")
             return
+        if self.server.store.faults.refused and self._happens("refused"):
+            self._answer(403, {}, b"<Error><Code>InvalidAccessKeyId</Code></Error>")
+            return
         if self._happens("stalled"):
             time.sleep(self.server.store.faults.stall)
         self.server.store.seen.append((self.command, urlsplit(self.path).path, self.headers.get("Range", "")))
@@ -155,6 +161,33 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 _OF_A_CONNECTION = {"connection", "transfer-encoding", "content-length", "date", "server", "keep-alive"}
+
+
+@contextmanager
+def web_server(folder: Path) -> Iterator[str]:
+    """Run a plain web server over a folder; gives its URL."""
+    handler = partial(_Files, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{web.server_address[1]}"
+        web.shutdown()
+
+
+class _Files(SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:  # the standard library's knows no ranges
+        if (asked := self.headers.get("Range")) is None:
+            return super().do_GET()
+        first, last = map(int, asked.removeprefix("bytes=").split("-"))
+        content = Path(self.translate_path(self.path)).read_bytes()
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
+        self.send_header("Content-Length", str(last + 1 - first))
+        self.end_headers()
+        self.wfile.write(content[first : last + 1])
+        return None
 
 
 def upload(server: Server, folder: Path, key: str) -> objects.ObjectPath:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from llmt_prep.config import MixConfig
+from llmt_prep.staging import work_of
 from llmt_prep.store import is_running, read_origin
 from llmt_shared import durable
 from llmt_shared.errors import ConfigError
@@ -55,8 +56,8 @@ class Origin:
 
 def cache_of(config: MixConfig) -> Path:
     """Return the folder of a mix's cache."""
-    output = config.output.resolve() if config.output.is_symlink() else config.output
-    return config.cache or output.parent / ".llmt-cache"
+    output = work_of(config.output)
+    return config.cache or (output.resolve() if output.is_symlink() else output).parent / ".llmt-cache"
 
 
 def lock_of(cache: Path) -> Path:

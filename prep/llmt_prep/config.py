@@ -2,12 +2,24 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+)
 
 from llmt_prep.packing import CARRY, WINDOW, Overflow
 from llmt_shared.config import Bytes, Count, StrictModel, UserPath, parse_count
+from llmt_shared.mistakes import short
+from llmt_shared.objects import Location, ObjectPath, location_of
 
 
 def _require_rows_with_targets(length: int) -> int:
@@ -18,6 +30,20 @@ def _require_rows_with_targets(length: int) -> int:
 
 def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
+
+
+def _source_path(text: str) -> str:
+    location = location_of(text)
+    return str(location) if isinstance(location, ObjectPath) or text.lower().startswith("file://") else text
+
+
+def _output(value: object) -> Location:
+    if not isinstance(value, (str, Path, ObjectPath)):
+        raise ValueError(f"found {short(value)}; wanted a path or URL")
+    location = value if isinstance(value, ObjectPath) else location_of(value)
+    if isinstance(location, ObjectPath) and not location.can_list:
+        raise ValueError(f"found {str(value)!r}; a web server takes no datasets: wanted a path, or a URL such as s3://")
+    return location
 
 
 def _as_tokenizer(value: object) -> object:
@@ -137,8 +163,9 @@ class RayConfig(StrictModel):
 class SourceConfig(StrictModel):
     """One corpus of the mixture."""
 
-    path: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
-    """Files, globs or folders, relative to the working directory; excludes `hf`."""
+    path: Annotated[tuple[Annotated[str, AfterValidator(_source_path)], ...], BeforeValidator(_as_list)] = ()
+    """Files, globs or folders, relative to the working directory, or their URLs, such as s3://bucket/raw/*.jsonl.zst;
+    excludes `hf`."""
     hf: str | None = None
     """Hub id (or local folder) for `datasets.load_dataset`; excludes `path`."""
     name: str | None = None
@@ -178,8 +205,9 @@ class MixConfig(StrictModel):
     """The whole of mix.yaml."""
 
     kind: Kind = "pretrain"
-    output: UserPath
-    """Directory to make; it is written beside its final name and renamed when finished."""
+    output: Annotated[Location, PlainValidator(_output), PlainSerializer(str), WithJsonSchema({"type": "string"})]
+    """Directory to make; it is written beside its final name and renamed when finished. Or a URL, such as
+    s3://bucket/pt8k, below which there is nothing yet."""
     tokenizer: Annotated[TokenizerConfig, BeforeValidator(_as_tokenizer)]
     """Folder with a `tokenizer.json`, that file itself, a hub id, or a mapping with `path` and more."""
     sequence: SequenceConfig
@@ -209,7 +237,8 @@ class MixConfig(StrictModel):
     unit_size: Annotated[Bytes, Field(ge=1)] = 16_000_000
     """Bytes of input that one task reads, about. The dataset does not depend on it."""
     cache: UserPath | None = None
-    """Directory of tokenized input; by default `.llmt-cache` beside the output. The dataset does not depend on it."""
+    """Directory of tokenized input; by default `.llmt-cache` beside the output, or in the working directory where that
+    is a URL. The dataset does not depend on it."""
     engine: Literal["auto", "tokenizers", "fastokens"] = "auto"
     """`tokenizers` is the reference; `fastokens` is some fifty times faster and guarded by it; `auto` takes it where it
     serves the tokenizer. The dataset does not depend on it."""

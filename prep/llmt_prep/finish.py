@@ -95,24 +95,28 @@ def _write_quarantine(path: Path, sources: list[str], corpus: Corpus) -> None:
                 out.write(json.dumps(line).encode() + b"\n")
 
 
-def write_manifest(data: Path, header: dict[str, Any], known: Mapping[Path, str]) -> None:
+def write_manifest(
+    data: Path, header: dict[str, Any], known: Mapping[Path, str], uploaded: Mapping[Path, int] | None = None
+) -> None:
     """Write the manifest, last of all.
 
     Args:
         data: directory that becomes the dataset.
         header: all of `Manifest` but the files and the format.
         known: sha256 of the files that were hashed as they were written, all large ones; the others are read.
+        uploaded: sizes of those that are not in ``data`` any more, but in a store.
     """
     for leftover in data.rglob("*.tmp"):
         leftover.unlink()  # of a process that was killed while it wrote
     outside = {data / manifest.NAME, data / RUN_REPORT}  # of an earlier try that was killed after writing them
-    paths = {path.relative_to(data).as_posix(): path for path in data.rglob("*") if _is_written(path)}
+    sizes = {path: path.stat().st_size for path in data.rglob("*") if _is_written(path)} | dict(uploaded or {})
+    paths = {path.relative_to(data).as_posix(): path for path in sizes}
     entries = [
-        FileEntry(path=name, bytes=path.stat().st_size, sha256=known.get(path) or hash_file(str(path)))
+        FileEntry(path=name, bytes=sizes[path], sha256=known.get(path) or hash_file(str(path)))
         for name, path in sorted(paths.items())
         if path not in outside
     ]
-    assert known.keys() <= set(paths.values()), "a file that was written is gone"
+    assert known.keys() <= sizes.keys(), "a file that was written is gone"
     content = Manifest(format=1, files=tuple(entries), **header)
     durable.write(data / manifest.NAME, _json(content.model_dump(mode="json")))
 

@@ -7,25 +7,26 @@ hashing again and nothing else.
 
 import hashlib
 import json
-import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
 import xxhash
 
 from llmt_prep import documents
-from llmt_prep.documents import Unit
+from llmt_prep.documents import FileStat, Unit, check_unchanged
 from llmt_prep.executor import HERE, Executor
+from llmt_prep.fetching import fetched
 from llmt_prep.tokenization import hash_content
 from llmt_shared import durable
-from llmt_shared.errors import DataError
+from llmt_shared.objects import is_url
 from llmt_shared.progress import stage
 
 IN_PROCESS_BYTES = 1 << 30
 """Less than this is read in this process: starting others takes as long."""
+_REQUEST_BYTES = 16 << 20
+"""Bytes that are read while a store is asked for one object."""
 _VERSION = 1
 """Of the index; raised when it says other things, or files are cut into units in another way."""
 _CUTS_OF_A_FILE = 4
@@ -33,16 +34,6 @@ _OTHER_FILES = 20_000
 """Files of other mixes that the index keeps."""
 _UNSETTLED_NS = 2_000_000_000
 """A file changed again this soon may keep its time, so coarse are those of some file systems."""
-
-
-@dataclass(frozen=True)
-class FileStat:
-    """A file as it was before it was read."""
-
-    path: str
-    bytes: int
-    mtime_ns: int
-    inode: int
 
 
 class UnitHash(NamedTuple):
@@ -61,7 +52,7 @@ class FileHashes(NamedTuple):
 
 
 class Entry(TypedDict):
-    """What the index says of one file, under its absolute path."""
+    """What the index says of one file, under its absolute path or URL."""
 
     bytes: int
     mtime_ns: int
@@ -107,7 +98,8 @@ def hash_inputs(
     try:
         with stage("hash", total, "bytes") as advance:
             tasks = ((job,) for job in missing)
-            for done, hashes in (executor if total > IN_PROCESS_BYTES else HERE).run(hash_input, tasks):
+            requests = _REQUEST_BYTES * sum(is_url(job.file.path) for job in missing)
+            for done, hashes in (executor if total + requests > IN_PROCESS_BYTES else HERE).run(hash_input, tasks):
                 new[missing[done]] = hashes
                 advance(missing[done].file.bytes)
     finally:
@@ -123,14 +115,15 @@ def hash_input(job: Job) -> FileHashes:
 
     Units of lines tile their file, so one read serves both; those of Parquet and Arrow leave gaps and share a footer.
     """
-    units = documents.split_into_units(Path(job.file.path), job.reader, job.unit_size)
+    if is_url(job.file.path):
+        return _hash_object(job)
+    units = documents.split_into_units(job.file.path, job.reader, job.unit_size)
     if units[0].reader in ("jsonl", "text"):
         sha256, contents = _hash_tiles(units)
     else:
         sha256, contents = hash_file(job.file.path), [hash_content(unit) for unit in units]
     check_unchanged([job.file])
-    ranges = zip(units, contents, strict=True)
-    return FileHashes(sha256, tuple(UnitHash(unit.start, unit.stop, content) for unit, content in ranges))
+    return _file_hashes(sha256, units, contents)
 
 
 def hash_file(path: str) -> str:
@@ -139,16 +132,8 @@ def hash_file(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_unchanged(files: Iterable[FileStat]) -> None:
-    """Raise DataError when a file is not what it was when it was hashed."""
-    for file in files:
-        stat = Path(file.path).stat()
-        if (stat.st_size, stat.st_mtime_ns) != (file.bytes, file.mtime_ns):
-            raise DataError(f"{file.path}: changed while it was read; run the same command again when it is complete")
-
-
 def read_index(path: Path) -> dict[str, Entry]:
-    """Return what the index says, by absolute path of the file; nothing where it is not whole or of another version."""
+    """Return what the index says, by absolute path or URL; nothing where it is not whole or of another version."""
     try:
         head, _, body = path.read_bytes().partition(b"\n")
         entries: dict[str, Entry] = json.loads(body) if head == _head(body) else {}
@@ -180,6 +165,18 @@ def write_index(path: Path, new: Mapping[Job, FileHashes], used: Sequence[FileSt
     durable.write(path, _head(body) + b"\n" + body)
 
 
+def _hash_object(job: Job) -> FileHashes:
+    with fetched(job.file) as (copy, sha256):
+        check_unchanged([job.file])
+        units = documents.split_into_units(job.file.path, job.reader, job.unit_size, copy)
+        return _file_hashes(sha256, units, [hash_content(unit) for unit in units])
+
+
+def _file_hashes(sha256: str, units: Sequence[Unit], contents: Sequence[str]) -> FileHashes:
+    found = zip(units, contents, strict=True)
+    return FileHashes(sha256, tuple(UnitHash(unit.start, unit.stop, content) for unit, content in found))
+
+
 def _known(job: Job, entries: Mapping[str, Entry]) -> FileHashes | None:
     entry = entries.get(_name(job.file))
     if entry is None or not _is_of(entry, job.file) or job.cut not in entry["units"]:
@@ -192,7 +189,7 @@ def _is_of(entry: Entry, file: FileStat) -> bool:
 
 
 def _name(file: FileStat) -> str:
-    return os.path.abspath(file.path)
+    return documents.full_name(file.path)
 
 
 def _head(body: bytes) -> bytes:

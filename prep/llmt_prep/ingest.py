@@ -32,6 +32,7 @@ from llmt_prep.tokenizer import LoadedTokenizer
 from llmt_prep.unit_task import TokenizeTask, run_task
 from llmt_shared import durable
 from llmt_shared.errors import DataError
+from llmt_shared.objects import is_url
 from llmt_shared.progress import say, stage
 from llmt_shared.terminal import escaped
 
@@ -158,7 +159,7 @@ def shelve_tokenizer(config: MixConfig, cache: Path, tokenizer: LoadedTokenizer)
 
 
 def _full_name(file: InputFile) -> str:
-    return os.path.abspath(file.path) if file.name == file.path else file.name
+    return documents.full_name(file.path) if file.name == file.path else file.name
 
 
 def _reusable(
@@ -250,7 +251,7 @@ def _task(
         directory=str(place.directory),
         file=file,
         origin=place.origin,
-        ahead=(after.unit.path, *after.span) if after else None,
+        ahead=(after.unit.path, *after.span) if after and not is_url(after.unit.path) else None,
     )
 
 

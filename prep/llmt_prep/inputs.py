@@ -1,6 +1,5 @@
 """Which files a mix reads, what they hold (by hash), and the units of work that they fall into."""
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,11 +8,12 @@ from typing import NamedTuple
 
 from llmt_prep import documents
 from llmt_prep.config import MixConfig, SourceConfig
-from llmt_prep.documents import Reading, Unit
+from llmt_prep.documents import FileStat, Reading, Unit, full_name
 from llmt_prep.executor import Executor
-from llmt_prep.hashes import FileHashes, FileStat, Job, hash_inputs
-from llmt_prep.staging import staging_of
+from llmt_prep.hashes import FileHashes, Job, hash_inputs
+from llmt_prep.staging import staging_of, work_of
 from llmt_shared.errors import ConfigError
+from llmt_shared.objects import is_url
 
 HASHES = "hashes"
 """Name of the index in the cache."""
@@ -25,7 +25,7 @@ class InputFile(FileStat):
 
     source: int
     name: str
-    """What the dataset calls it: the path, or ``hf://id/split/file``, for where a hub's cache lies says nothing."""
+    """What the dataset calls it: path or URL, or ``hf://id/split/file``, for where a hub's cache lies says nothing."""
     sha256: str
 
 
@@ -89,17 +89,27 @@ def list_files(config: MixConfig, cache: Path) -> tuple[list[InputFile], dict[st
     Raises:
         ConfigError: as `find_inputs`.
     """
-    found: list[tuple[int, Path, str]] = []
+    found: list[InputFile] = []
     commits: dict[str, str] = {}
     for index, (name, source) in enumerate(config.sources.items()):
         if source.hf is not None:
             paths, commits[name] = documents.hf_files(source.hf, source.name, source.split, source.revision)
-            found += [(index, path, f"hf://{source.hf}/{source.split}/{path.name}") for path in paths]
+            found += [_local(index, path, f"hf://{source.hf}/{source.split}/{path.name}") for path in paths]
         else:
-            paths = documents.find_files(source.path, reading_of(config, source))
-            found += [(index, path, str(path)) for path in paths]
+            found += _named_files(index, source, reading_of(config, source))
     _refuse_own_files(config, cache, found)
-    return [_stat(*each) for each in found], commits
+    return found, commits
+
+
+def _named_files(index: int, source: SourceConfig, reading: Reading) -> Iterator[InputFile]:
+    """Local ones, then objects, each in the order of their names."""
+    urls = [path for path in source.path if is_url(path)]
+    paths = [path for path in source.path if not is_url(path)]
+    for path in documents.find_files(paths, reading):
+        yield _local(index, path, str(path))
+    for each in documents.find_objects(urls, reading):
+        stat = documents.object_stat(each.path, each.stat)
+        yield InputFile(stat.path, stat.bytes, stat.mtime_ns, stat.inode, index, stat.path, "")
 
 
 def _job(file: InputFile, reader: str, unit_size: int) -> Job:
@@ -121,17 +131,18 @@ def span_of(unit: Unit, size: int, number: int, num_units: int) -> tuple[int, in
     return size * number // num_units, size * (number + 1) // num_units
 
 
-def _refuse_own_files(config: MixConfig, cache: Path, found: list[tuple[int, Path, str]]) -> None:
+def _refuse_own_files(config: MixConfig, cache: Path, found: list[InputFile]) -> None:
     """A source that holds the output would be another source on every run."""
-    own = [os.path.abspath(folder) + os.sep for folder in (config.output, staging_of(config.output), cache)]
-    for _, path, _ in found:
-        if os.path.abspath(path).startswith(tuple(own)):
+    folders = (config.output, staging_of(work_of(config.output)), cache)
+    own = tuple(f"{full_name(str(folder))}/" for folder in folders)
+    for file in found:
+        if full_name(file.path).startswith(own):
             raise ConfigError(
-                f"{path}: would be packed, but is packing's own; keep `output` and `cache` out of sources"
+                f"{file.path}: would be packed, but is packing's own; keep `output` and `cache` out of sources"
             )
 
 
-def _stat(source: int, path: Path, name: str) -> InputFile:
+def _local(source: int, path: Path, name: str) -> InputFile:
     try:
         name.encode()
         stat = path.stat()

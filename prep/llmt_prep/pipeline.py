@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmt_prep import corpus as corpora
-from llmt_prep import finish, shards, staging
+from llmt_prep import finish, shards, staging, uploading
 from llmt_prep.cache import being_read, cache_of, in_use, is_cache, lock_of, tokenizer_directory
 from llmt_prep.config import MixConfig, resolved
 from llmt_prep.corpus import Corpus
+from llmt_prep.documents import check_unchanged
 from llmt_prep.executor import Executor, local, opened
 from llmt_prep.explain import CacheUse, cache_use
 from llmt_prep.guard import inexact_engines
-from llmt_prep.hashes import check_unchanged
 from llmt_prep.ingest import place_units, tokenize_inputs
 from llmt_prep.inputs import Inputs, find_inputs
 from llmt_prep.ledger import Ledger, SplitLedger, mistakes, source_ledgers
@@ -42,6 +42,7 @@ from llmt_prep.tokenizer import LoadedTokenizer, load_tokenizer
 from llmt_shared import __version__, durable
 from llmt_shared.errors import ConfigError, FormatError
 from llmt_shared.manifest import NAME, Manifest, SplitEntry, read_manifest, wrong_files
+from llmt_shared.objects import Location, ObjectPath
 from llmt_shared.progress import say, stage
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
 class Built:
     """A finished dataset."""
 
-    path: Path
+    path: Location
     manifest: Manifest
     digest: str
     is_new: bool
@@ -78,7 +79,7 @@ def build_dataset(config: MixConfig, *, workers: int | None = None, force: bool 
     Args:
         config: the mix.
         workers: processes; ``None`` takes the mix's, else one for each usable CPU.
-        force: replace a finished dataset of another recipe.
+        force: replace a finished dataset of another recipe; below a URL none is replaced.
         rehash: read every input file to see whether it changed, even where size, time and inode did not.
 
     Raises:
@@ -86,13 +87,16 @@ def build_dataset(config: MixConfig, *, workers: int | None = None, force: bool 
         DataError: input that cannot be used.
         FormatError: the dataset that is there is damaged.
         Stopped: the disk is full.
+        StoreError: an object store gives no answer.
     """
-    if config.output.is_symlink():  # a rename would replace the link, not the folder on the disk that it points at
-        config = config.model_copy(update={"output": config.output.resolve()})
-    with staging.locked(config.output), in_use(cache_of(config)):
-        staging.recover(config.output)
+    output = config.output
+    if isinstance(output, Path) and output.is_symlink():  # a rename would replace the link, not what it points at
+        config = config.model_copy(update={"output": output.resolve()})
+    work = staging.work_of(config.output)
+    with staging.locked(work), in_use(cache_of(config)):
+        staging.recover(work)
         _check_output(config.output)
-        marks = [staging.lock_of(config.output), lock_of(cache_of(config))]
+        marks = [staging.lock_of(work), lock_of(cache_of(config))]
         with _opened(config, workers, marks) as executor:
             return _build(config, executor, force, rehash)
 
@@ -104,7 +108,7 @@ def dry_run(config: MixConfig, *, workers: int | None = None, rehash: bool = Fal
     """
     tokenizer, cache = _tokenizer(config), cache_of(config)
     _tell_of_template(config, tokenizer)
-    beside = None if config.executor == "local" else _existing(config.output.parent)
+    beside = None if config.executor == "local" else _existing(staging.work_of(config.output).parent)
     with being_read(cache), tempfile.TemporaryDirectory(prefix="llmt-dry-run-", dir=beside) as temporary:
         mark = Path(temporary) / "mark"
         durable.write(mark, temporary)
@@ -156,11 +160,12 @@ def _build(config: MixConfig, executor: Executor, force: bool, rehash: bool) -> 
     config = _with_formats(config, inputs)
     mix = resolved(config, inputs.commits, tokenizer.commit)
     recipe = recipe_of(mix, inputs.files, tokenizer.digest)
-    if not force and (done := _finished(config.output, recipe)) is not None:
-        staging.clear(config.output)  # what a `--force` left that was stopped and is not wanted any more
+    work = staging.work_of(config.output)
+    if (done := _finished(config.output, recipe, force=force)) is not None:
+        staging.clear(work)  # what a `--force` left that was stopped and is not wanted any more
         return done
     _tell_of_template(config, tokenizer)
-    directory, is_resumed = staging.prepare(config.output, recipe)
+    directory, is_resumed = staging.prepare(work, recipe)
     if is_resumed:
         say(f"going on with {directory}")
     with clock("tokenize"):
@@ -171,6 +176,8 @@ def _build(config: MixConfig, executor: Executor, force: bool, rehash: bool) -> 
         splits = _plan_rows(config, directory, corpus, selected)
     with clock("gather"):
         dtype = token_dtype(tokenizer.max_id)
+        if isinstance(config.output, ObjectPath):
+            uploading.claim(config.output, recipe)
         totals = {name: _gather(config, directory, recipe, corpus, name, dtype, executor) for name in splits}
     with clock("finish"):
         ledger = _close_books(config, inputs, corpus, selected, directory, totals)
@@ -178,9 +185,14 @@ def _build(config: MixConfig, executor: Executor, force: bool, rehash: bool) -> 
         finish.write_companions(data, mix, tokenizer, ledger, inputs.files, corpus)
         header = _header(config, tokenizer, recipe, totals)
         known = {path: sha256 for total in totals.values() for path, sha256 in total.sha256.items()}
-        finish.write_manifest(data, header, known)
+        uploaded = {path: size for total in totals.values() for path, size in total.uploaded.items()}
+        finish.write_manifest(data, header, known, uploaded)
     durable.write(data / finish.RUN_REPORT, _run_report(started, clock, executor, tokenizer, corpus))
-    staging.publish(config.output)
+    if isinstance(config.output, ObjectPath):
+        uploading.publish(config.output, data)
+        staging.clear(work)
+    else:
+        staging.publish(config.output)
     return Built(config.output, *read_manifest(config.output), is_new=True)
 
 
@@ -224,25 +236,43 @@ def _with_formats(config: MixConfig, inputs: Inputs) -> MixConfig:
     return with_formats(config, inputs)
 
 
-def _check_output(output: Path) -> None:
+def _check_output(output: Location) -> None:
     """Before hours of work: what cannot be replaced is not written over, with or without force."""
+    if isinstance(output, ObjectPath):
+        uploading.check_free(output)
+        return
     is_free = not output.exists() or (output.is_dir() and not any(output.iterdir()))
     if not is_free and not (output / NAME).exists():
         raise ConfigError(f"{output}: exists and is no dataset; wanted a new directory as `output`")
 
 
-def _finished(output: Path, recipe: str) -> Built | None:
+def _finished(output: Location, recipe: str, *, force: bool) -> Built | None:
     """The dataset where it is there already; an error where another is, or where its files are not whole."""
-    if not (output / NAME).exists():
+    if isinstance(output, ObjectPath):
+        return _finished_in_store(output, recipe, force=force)
+    if force or not (output / NAME).exists():
         return None
+    return _sound(output, recipe, "choose another `output`, or --force to replace it")
+
+
+def _finished_in_store(output: ObjectPath, recipe: str, *, force: bool) -> Built | None:
+    if not (output / NAME).exists():
+        uploading.check_note(output, recipe)
+        return None
+    way_out = "choose another `output`, or remove all objects below it first"
+    if force:
+        raise ConfigError(f"{output}: holds a finished dataset, and --force replaces none in a store; {way_out}")
+    done = _sound(output, recipe, way_out)
+    uploading.release(output)  # a kill may have come between the manifest and this
+    return done
+
+
+def _sound(output: Location, recipe: str, way_out: str) -> Built:
     manifest, digest = read_manifest(output)
     if manifest.recipe != recipe:
-        raise ConfigError(
-            f"{output}: holds a finished dataset made from another mix, input or tokenizer; "
-            f"choose another `output`, or --force to replace it"
-        )
+        raise ConfigError(f"{output}: holds a finished dataset made from another mix, input or tokenizer; {way_out}")
     if wrong := wrong_files(output, manifest):
-        raise FormatError(f"{wrong[0]}; copy the dataset again, or --force to make it again")
+        raise FormatError(f"{wrong[0]}; copy the dataset again, or {way_out}")
     return Built(output, manifest, digest, is_new=False)
 
 
@@ -274,11 +304,20 @@ def _gather(
 ) -> Totals:
     num_rows, length = load_rows(directory / "rows" / split).num_rows, config.sequence.length
     per_shard = shards.rows_per_shard(num_rows, length, dtype.itemsize, config.shard_size)
+    store = config.output if isinstance(config.output, ObjectPath) else None
     task = SplitTask(
-        str(directory), split, corpus.num_sources, length, per_shard, dtype.name, config.seed, config.kind, recipe
+        staging=str(directory),
+        split=split,
+        num_sources=corpus.num_sources,
+        length=length,
+        rows_per_shard=per_shard,
+        dtype=dtype.name,
+        seed=config.seed,
+        kind=config.kind,
+        recipe=recipe,
+        store=store,
     )
-    numbers = range(shards.num_shards(num_rows, per_shard))
-    missing = [number for number in numbers if not shards.is_written(task, number)]
+    missing = shards.unwritten(task, shards.num_shards(num_rows, per_shard))
     with stage(f"{split} shards", len(missing)) as advance:
         for _ in executor.run(shards.write_shard, ((task, number) for number in missing)):
             advance(1)

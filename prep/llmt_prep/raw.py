@@ -26,6 +26,7 @@ from llmt_prep.tokenizer import LoadedTokenizer, load_tokenizer
 from llmt_shared.config import StrictModel
 from llmt_shared.dataset import Dataset
 from llmt_shared.errors import ConfigError, DataError
+from llmt_shared.objects import is_url
 from llmt_shared.terminal import escaped
 
 _MOST_SHOWN = 20_000
@@ -126,11 +127,10 @@ def _place(files: InputFiles, sources: tuple[str, ...], said: str) -> Place:
 
 
 def _read(files: InputFiles, config: MixConfig, place: Place) -> Item:
-    path = Path(place.path)
-    if not path.is_file():
+    if not is_url(place.path) and not Path(place.path).is_file():
         raise ConfigError(f"{place.path}: no such file here, and records are read from it; bring it back to this path")
     reading = reading_of(config, config.sources[place.source])
-    for unit in documents.split_into_units(path, reading.reader, 2**62):  # one unit
+    for unit in documents.split_into_units(place.path, reading.reader, 2**62):  # one unit
         for item in documents.read(unit, reading):
             if not isinstance(item, End) and item.record == place.record:
                 return item

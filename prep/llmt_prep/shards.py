@@ -24,7 +24,9 @@ from llmt_prep.gather import Origin, Segments, gather, kernels_for
 from llmt_prep.rows import RowPlan, load_rows
 from llmt_prep.spans import spans_of_rows
 from llmt_shared import durable, order
+from llmt_shared.chunks import CRC_BYTES
 from llmt_shared.errors import DataError
+from llmt_shared.objects import ObjectPath
 from llmt_shared.segments import count_targets
 
 if TYPE_CHECKING:
@@ -59,6 +61,8 @@ class SplitTask:
     recipe: str
     """What the staging directory is made for. A task that was taken for lost may go on when another run has the
     directory."""
+    store: ObjectPath | None = None
+    """URL of the dataset, to which a chunk goes as soon as it is made; ``None``: it stays."""
 
     @property
     def plan_directory(self) -> Path:
@@ -78,6 +82,16 @@ class SplitTask:
     def chunk(self, shard: int) -> Path:
         """The shard's tokens."""
         return self.data_directory / "tokens" / "c" / str(shard) / "0"
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Size of each chunk file."""
+        return self.rows_per_shard * self.length * np.dtype(self.dtype).itemsize + CRC_BYTES
+
+    def uploaded(self, shard: int) -> ObjectPath:
+        """Where the shard's tokens go, if they do."""
+        assert self.store is not None, "of a dataset below a URL"
+        return self.store / self.split / "tokens" / "c" / str(shard) / "0"
 
     def sidecar(self, shard: int) -> Path:
         """Where a shard's part of the small arrays waits for the last pass."""
@@ -112,6 +126,8 @@ class Totals(NamedTuple):
     tokens_of_source: list[int]
     sha256: dict[Path, str]
     """Of every chunk file, hashed as it was written."""
+    uploaded: dict[Path, int]
+    """Sizes of the chunk files that are not here any more."""
 
 
 def rows_per_shard(num_rows: int, length: int, itemsize: int, shard_bytes: int) -> int:
@@ -126,12 +142,21 @@ def num_shards(num_rows: int, per_shard: int) -> int:
 
 
 def is_written(task: SplitTask, shard: int) -> bool:
-    """Whether a shard is done."""
-    return task.sidecar(shard).exists() and task.chunk(shard).exists()
+    """Whether a shard is done, as far as this machine knows."""
+    return task.sidecar(shard).exists() and (task.store is not None or task.chunk(shard).exists())
+
+
+def unwritten(task: SplitTask, count: int) -> list[int]:
+    """Return which of the first ``count`` shards are not done; a store is asked for what it has."""
+    if task.store is None:
+        return [shard for shard in range(count) if not is_written(task, shard)]
+    sizes = {each.path: each.stat.st_size for each in (task.store / task.split / "tokens" / "c").files()}
+    is_there = [sizes.get(task.uploaded(shard)) == task.chunk_bytes for shard in range(count)]
+    return [shard for shard in range(count) if not (is_there[shard] and is_written(task, shard))]
 
 
 def write_shard(task: SplitTask, shard: int, num_segments: int | None = None) -> None:
-    """Gather one shard: its tokens, then its side-car.
+    """Gather one shard: its tokens, which may go to a store at once, then its side-car.
 
     Args:
         task: what the split's shards share.
@@ -147,19 +172,29 @@ def write_shard(task: SplitTask, shard: int, num_segments: int | None = None) ->
     corpus = corpora.load(Path(task.staging) / "corpus.json", task.num_sources)
     kernels = kernels_for(len(plan.length) if num_segments is None else num_segments)
     buffer = _buffer(_rows_per_block(task), task.length, task.dtype)
-    size = task.rows_per_shard * task.length * buffer.itemsize
     with durable.writing(task.sidecar(shard)) as sidecar:
         sidecar.write(bytes(_DIGEST_BYTES + _COUNTS_BYTES))  # known when all is written
         counts = np.zeros(3, "<i8")
-        with arrays.writing_chunk(task.chunk(shard), size) as chunk:
+        with arrays.writing_chunk(task.chunk(shard), task.chunk_bytes - CRC_BYTES) as chunk:
             for segments in _blocks(task, shard, plan):
                 rows = buffer[: len(segments.per_row)]
                 origin = gather(rows, segments, corpus, kernels)
                 chunk.add(rows)
                 counts += _write_block(sidecar, _LAYOUTS[task.kind], _part(task, segments, origin, corpus))
+        if task.store is not None:
+            _move(task.chunk(shard), task.uploaded(shard))
         sidecar.seek(0)
         sidecar.write(bytes.fromhex(chunk.sha256()))
         sidecar.write(counts.data)
+
+
+def _move(chunk: Path, url: ObjectPath) -> None:
+    """Upload a chunk and remove it here, for the disk need not hold all of them."""
+    from llmt_prep.uploading import upload
+
+    upload(chunk, url)
+    chunk.unlink()
+    chunk.parent.rmdir()
 
 
 def finish_split(task: SplitTask) -> Totals:
@@ -194,7 +229,9 @@ def finish_split(task: SplitTask) -> Totals:
         sha256 |= column.sha256
     _, segments, spans = counts.tolist()
     pairs = segments // 2 if task.kind == "preference" else 0
-    return Totals(plan.num_rows, segments, int(tokens.sum()), targets, spans, pairs, tokens.tolist(), sha256)
+    chunks = range(num_shards(plan.num_rows, task.rows_per_shard)) if task.store else ()
+    uploaded = {task.chunk(shard): task.chunk_bytes for shard in chunks}
+    return Totals(plan.num_rows, segments, int(tokens.sum()), targets, spans, pairs, tokens.tolist(), sha256, uploaded)
 
 
 def column_sizes(kind: "Kind", rows: int, segments: int, spans: int) -> dict[str, tuple[int, str, int | None]]:

@@ -3,9 +3,13 @@
 `NAME.staging/` lies beside the output: `data/` is what will be renamed, everything else (plan, rows, journal, an older
 dataset that is replaced) goes with the directory when the dataset is done. `NAME.lock` names the one process that works
 on this output. Both are ours only if we made them: what a user keeps under these names is left alone.
+
+Of an output below a URL they lie beside `work_of` it, where no dataset will ever be: `data/` then holds what is not
+uploaded yet (uploading.py).
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -17,11 +21,19 @@ from pathlib import Path
 
 from llmt_shared import durable
 from llmt_shared.errors import ConfigError
+from llmt_shared.objects import Location
 
 _NOTE = "recipe.json"
 _REPLACED = "replaced"
 _OURS = {_NOTE, _REPLACED, "corpus.json", "rows", "journal", "data"}
 _HOLDER = "process "
+
+
+def work_of(output: Location) -> Path:
+    """Return the path beside which an output is worked on: its own, or, of a URL, one in the working directory."""
+    if isinstance(output, Path):
+        return output
+    return Path(f"{output.name}-{hashlib.sha256(output.url.encode()).hexdigest()[:8]}")  # of two with one name, two
 
 
 def staging_of(output: Path) -> Path:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmt_prep.cache import Origin
-from llmt_prep.documents import Reading, Unit
+from llmt_prep.documents import Reading, Unit, check_unchanged
+from llmt_prep.fetching import at_hand
 from llmt_prep.guard import EngineDiffers, distrust
-from llmt_prep.hashes import check_unchanged
 from llmt_prep.held import Shelved, held_chat_tools, held_fast_engine, held_tokenizer
 from llmt_prep.inputs import InputFile
 from llmt_prep.store import UnitMeta
@@ -43,7 +43,7 @@ class TokenizeTask:
     """Where the unit lies, as it was when it was hashed."""
     origin: Origin
     ahead: tuple[str, int, int] | None
-    """Path and byte range of what the same worker is likely to be given next."""
+    """Path and byte range of what the same worker is likely to be given next, where it lies on a disk."""
 
 
 def run_task(task: TokenizeTask) -> UnitMeta:
@@ -53,13 +53,16 @@ def run_task(task: TokenizeTask) -> UnitMeta:
     """
     _read_ahead(task.ahead)
     try:
-        return _tokenizing(task)(
-            directory=Path(task.directory),
-            check=partial(check_unchanged, (task.file,)),
-            origin=asdict(task.origin),
-            fast=held_fast_engine(task.tokenizer, keeps_control(task.settings)) if task.is_fast else None,
-            begins_source=task.begins_source,
-        )
+        with at_hand(task.unit, task.origin.facts["content"], task.file) as unit:
+            return _tokenizing(task)(
+                unit,
+                task.reading,
+                directory=Path(task.directory),
+                check=partial(check_unchanged, (task.file,)),
+                origin=asdict(task.origin),
+                fast=held_fast_engine(task.tokenizer, keeps_control(task.settings)) if task.is_fast else None,
+                begins_source=task.begins_source,
+            )
     except EngineDiffers as difference:
         distrust(Path(task.tokenizer.folder), difference.engine)
         raise
@@ -73,11 +76,11 @@ def keeps_control(settings: "TextSettings | ChatSettings") -> bool:
 def _tokenizing(task: TokenizeTask) -> Callable[..., UnitMeta]:
     tokenizer, settings = held_tokenizer(task.tokenizer), task.settings
     if isinstance(settings, TextSettings):
-        return partial(tokenize_unit, task.unit, task.reading, tokenizer, settings)
+        return partial(tokenize_unit, tokenizer=tokenizer, settings=settings)
     from llmt_prep.chat.tokenization import tokenize_chats  # text needs no templates
 
     tools = held_chat_tools(task.tokenizer, settings)
-    return partial(tokenize_chats, task.unit, task.reading, tokenizer, settings, tools)
+    return partial(tokenize_chats, tokenizer=tokenizer, settings=settings, tools=tools)
 
 
 def _read_ahead(ahead: tuple[str, int, int] | None) -> None:

@@ -31,9 +31,10 @@ PATIENCE = 180.0
 PIECE = 16 << 20
 """Bytes of one request for a long object."""
 
-_SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss", "http", "https")
-_PART = 16 << 20
+PART = 16 << 20
 """Bytes of one request of an upload; S3 takes no less than 5 MiB."""
+
+_SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss", "http", "https")
 _AT_ONCE = 4
 """Pieces of one object on their way."""
 _PAUSES = (0.1, 10.0)
@@ -122,6 +123,8 @@ class ObjectPath:
         def read(library: Any, store: Any) -> bytes:
             content = bytes(library.get_range(store, self.key, start=start, end=stop))
             if len(content) != stop - start:
+                if (size := library.head(store, self.key)["size"]) < stop:
+                    raise StoreError(f"{self}: has {size} bytes; wanted those from {start} to {stop}")
                 raise _ShortAnswerError(f"{len(content)} bytes came of {stop - start}")
             return content
 
@@ -135,15 +138,15 @@ class ObjectPath:
         """Return all of it as text."""
         return self.read_bytes().decode(encoding)
 
-    def pieces(self, size: int) -> Iterator[bytes]:
-        """Yield all ``size`` bytes in order; the next pieces are on their way meanwhile."""
-        starts = iter(range(0, size, PIECE))
+    def pieces(self, stop: int, start: int = 0) -> Iterator[bytes]:
+        """Yield bytes ``start`` to ``stop`` in order; the next pieces are on their way meanwhile."""
+        starts = iter(range(start, stop, PIECE))
         with ThreadPoolExecutor(_AT_ONCE, "llmt-object") as pool:
             waiting: deque[Future[bytes]] = deque()
             try:
                 while True:
-                    while len(waiting) < _AT_ONCE and (start := next(starts, None)) is not None:
-                        waiting.append(pool.submit(self.read_range, start, min(start + PIECE, size)))
+                    while len(waiting) < _AT_ONCE and (first := next(starts, None)) is not None:
+                        waiting.append(pool.submit(self.read_range, first, min(first + PIECE, stop)))
                     if not waiting:
                         return
                     yield waiting.popleft().result()
@@ -177,9 +180,11 @@ class ObjectPath:
         mode = "create" if is_new else "overwrite"
         _patient(self, lambda library, store: library.put(store, self.key, content, mode=mode, use_multipart=False))
 
-    def upload(self, path: Path) -> None:
-        """Write an object from a file, in parts."""
-        _patient(self, lambda library, store: library.put(store, self.key, path, chunk_size=_PART))
+    def upload(self, path: Path) -> str:
+        """Write an object from a file, in parts where it is longer than one; returns its etag."""
+        options = {"use_multipart": path.stat().st_size > PART, "chunk_size": PART, "max_concurrency": _AT_ONCE}
+        result = _patient(self, lambda library, store: library.put(store, self.key, path, **options))
+        return (result["e_tag"] or "").strip('"')
 
     def unlink(self) -> None:
         """Remove an object; without one, nothing happens."""
@@ -233,6 +238,12 @@ def store_below(path: ObjectPath) -> Any:
 def is_url(text: str) -> bool:
     """Whether a text is the URL of an object, as far as its beginning tells."""
     return re.match(rf"({'|'.join(_SCHEMES)})://", text) is not None
+
+
+def is_encrypted(url: str) -> bool:
+    """Whether requests go over TLS, which notices every bit that changes on the way."""
+    endpoints = (os.environ.get(name, "") for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"))
+    return not url.startswith("http://") and not any(each.startswith("http://") for each in endpoints)
 
 
 def _known() -> str:
@@ -304,8 +315,9 @@ def _raise_final(path: ObjectPath, error: Exception) -> None:
     """Raise what another try will not mend, in the words of a file system where it has them."""
     from obstore import exceptions
 
-    if isinstance(error, FileNotFoundError):  # as is obstore's own, which does not know the URL
-        missing = "no such bucket" if "NoSuchBucket" in str(error) else "no such object"
+    has_no_bucket = "NoSuchBucket" in str(error)
+    if has_no_bucket or isinstance(error, FileNotFoundError):  # as is obstore's own, which does not know the URL
+        missing = "no such bucket" if has_no_bucket else "no such object"
         raise FileNotFoundError(errno.ENOENT, missing, str(path)) from None
     if isinstance(error, exceptions.AlreadyExistsError):
         raise FileExistsError(errno.EEXIST, "is there already", str(path)) from None
@@ -363,9 +375,7 @@ def _opened(path: ObjectPath) -> Any:
 def _store(url: str) -> Any:
     from obstore.store import from_url
 
-    endpoints = (os.environ.get(name, "") for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"))
-    is_plain = url.startswith("http://") or any(each.startswith("http://") for each in endpoints)
-    options: Any = {"timeout": "60s", "connect_timeout": "10s"} | ({"allow_http": True} if is_plain else {})
+    options: Any = {"timeout": "60s", "connect_timeout": "10s"} | ({} if is_encrypted(url) else {"allow_http": True})
     retries: Any = {"max_retries": 4, "retry_timeout": timedelta(seconds=60)}
     provider = _profile() if url.startswith("s3") else None
     return from_url(url, client_options=options, retry_config=retries, credential_provider=provider)

@@ -1,10 +1,6 @@
 """A dataset below a URL is the same dataset, and what is asked of it is all that is fetched."""
 
-import threading
 from collections.abc import Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,30 +60,9 @@ def test_one_row_costs_one_row_of_tokens(local, url, server):
     assert read == f"bytes=0-{local.train.length * local.train.token_dtype.itemsize - 1}"
 
 
-def test_a_dataset_of_a_web_server_is_read_though_nothing_is_listed(local, tmp_path):
-    handler = partial(_Quiet, directory=str(local.folder))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
-        threading.Thread(target=web.serve_forever, daemon=True).start()
-        remote = open_dataset(f"http://127.0.0.1:{web.server_address[1]}")
-        assert _same(remote.train[1], local.train[1])
-        web.shutdown()
-
-
-class _Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def do_GET(self) -> None:  # the standard library's knows no ranges
-        if (asked := self.headers.get("Range")) is None:
-            return super().do_GET()
-        first, last = map(int, asked.removeprefix("bytes=").split("-"))
-        content = Path(self.translate_path(self.path)).read_bytes()
-        self.send_response(206)
-        self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
-        self.send_header("Content-Length", str(last + 1 - first))
-        self.end_headers()
-        self.wfile.write(content[first : last + 1])
-        return None
+def test_a_dataset_of_a_web_server_is_read_though_nothing_is_listed(local):
+    with object_store.web_server(local.folder) as url:
+        assert _same(open_dataset(url).train[1], local.train[1])
 
 
 def test_a_missing_and_a_truncated_file_are_named_before_anything_is_read(local, server):

@@ -1,6 +1,6 @@
 """What a mix says of its chats, source by source: the template's text, and the format that its first records show."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
@@ -12,8 +12,9 @@ from llmt_prep.chat.prepare import ChatSettings
 from llmt_prep.chat.template import load_template
 from llmt_prep.config import MixConfig
 from llmt_prep.control import control_string_finder
-from llmt_prep.documents import Row
-from llmt_prep.inputs import Inputs, reading_of
+from llmt_prep.documents import Reading, Row
+from llmt_prep.fetching import at_hand
+from llmt_prep.inputs import InputFile, Inputs, InputUnit, reading_of
 from llmt_prep.tokenizer import LoadedTokenizer, digest_of
 from llmt_shared.errors import ConfigError
 
@@ -124,6 +125,11 @@ def _check_format(name: str, kind: str) -> None:
 
 def _first_records(config: MixConfig, inputs: Inputs, source: int) -> Sequence[dict[str, Any]]:
     reading = reading_of(config, list(config.sources.values())[source])
-    units = (each.unit for each in inputs.units if inputs.files[each.file].source == source)
-    items = chain.from_iterable(documents.read(unit, reading) for unit in units)
-    return [item.value for item in islice((item for item in items if isinstance(item, Row)), _RECORDS)]
+    mine = (each for each in inputs.units if inputs.files[each.file].source == source)
+    rows = chain.from_iterable(_rows(each, inputs.files[each.file], reading) for each in mine)
+    return [row.value for row in islice(rows, _RECORDS)]
+
+
+def _rows(each: InputUnit, file: InputFile, reading: Reading) -> Iterator[Row]:
+    with at_hand(each.unit, each.content, file) as unit:
+        yield from (item for item in documents.read(unit, reading) if isinstance(item, Row))

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import orjson
@@ -23,26 +23,27 @@ from llmt_prep.documents.record import (
     shown,
     too_large,
 )
+from llmt_prep.documents.stored import ByteRange, opened, size_of
 from llmt_shared.errors import ConfigError, DataError
+from llmt_shared.objects import is_url
 
 _SLICE_BYTES = 16 << 20
 _MAX_SLICE_ROWS = 1024
-_PIECE = 1 << 20
 _FILE_MAGIC = b"ARROW1\0\0"
 
 
-def parquet_units(path: Path, bytes_per_unit: int) -> list[Unit]:
+def parquet_units(whole: Unit, bytes_per_unit: int) -> list[Unit]:
     """Cut into ranges of row groups of about so many stored bytes."""
-    with _readable(str(path), "Parquet"), pq.ParquetFile(path) as file:
+    with _readable(whole.path, "Parquet"), _parquet(whole) as file:
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         sizes = [sum(end - begin for begin, end in _chunks(group)) for group in groups]
     borders = _borders(sizes, bytes_per_unit)
-    return [Unit(str(path), "parquet", start, stop) for start, stop in itertools.pairwise(borders)]
+    return [replace(whole, start=start, stop=stop) for start, stop in itertools.pairwise(borders)]
 
 
 def read_parquet(unit: Unit, reading: Reading) -> Iterator[Item]:
     """Yield a row group range's records."""
-    with _readable(unit.path, "Parquet"), pq.ParquetFile(unit.path, pre_buffer=False) as file:
+    with _readable(unit.path, "Parquet"), _parquet(unit, pre_buffer=False) as file:
         columns = _wanted_columns(unit.path, file.schema_arrow, reading)
         groups = range(unit.start, unit.stop)
         rows = sum(file.metadata.row_group(i).num_rows for i in groups)
@@ -58,21 +59,20 @@ def read_parquet(unit: Unit, reading: Reading) -> Iterator[Item]:
     yield End(rows)
 
 
-def parquet_bytes(unit: Unit) -> Iterator[bytes]:
-    """Yield the stored bytes of the row groups, and of the file's metadata, which says how to read them."""
-    with _readable(unit.path, "Parquet"), pq.ParquetFile(unit.path) as file:
+def parquet_ranges(unit: Unit) -> Iterator[ByteRange]:
+    """Yield where the row groups lie, and the file's metadata, which says how to read them."""
+    with _readable(unit.path, "Parquet"), _parquet(unit) as file:
         groups = [file.metadata.row_group(i) for i in range(unit.start, unit.stop)]
         footer = file.metadata.serialized_size
-    size = Path(unit.path).stat().st_size
+    size = size_of(unit.file)
     for group in groups:
-        for begin, end in _chunks(group):
-            yield from _file_bytes(unit.path, begin, end)
-    yield from _file_bytes(unit.path, max(size - footer - 8, 0), size)
+        yield from _chunks(group)
+    yield max(size - footer - 8, 0), size
 
 
 def parquet_rows_before(unit: Unit) -> int:
     """Count the rows of earlier row groups."""
-    with _readable(unit.path, "Parquet"), pq.ParquetFile(unit.path) as file:
+    with _readable(unit.path, "Parquet"), _parquet(unit) as file:
         return sum(file.metadata.row_group(i).num_rows for i in range(unit.start))
 
 
@@ -82,16 +82,16 @@ class _Message(NamedTuple):
     content: Any
 
 
-def arrow_units(path: Path, bytes_per_unit: int) -> list[Unit]:
+def arrow_units(whole: Unit, bytes_per_unit: int) -> list[Unit]:
     """Cut into byte ranges of whole record batches; a file with dictionaries, or without batches, is one unit."""
-    with _readable(str(path), "Arrow"):
-        _, *messages = _messages(str(path))
+    with _readable(whole.path, "Arrow"):
+        _, *messages = _messages(whole)
     if not messages or any(message.content.type != "record batch" for message in messages):
-        return [Unit(str(path), "arrow", 0, path.stat().st_size)]
+        return [replace(whole, start=0, stop=size_of(whole.file))]
     borders = _borders([message.stop - message.start for message in messages], bytes_per_unit)
     offsets = [message.start for message in messages] + [messages[-1].stop]
     ranges = itertools.pairwise(borders)
-    return [Unit(str(path), "arrow", offsets[first], offsets[last]) for first, last in ranges]
+    return [replace(whole, start=offsets[first], stop=offsets[last]) for first, last in ranges]
 
 
 def read_arrow(unit: Unit, reading: Reading) -> Iterator[Item]:
@@ -109,19 +109,19 @@ def read_arrow(unit: Unit, reading: Reading) -> Iterator[Item]:
     yield End(first)
 
 
-def arrow_bytes(unit: Unit) -> Iterator[bytes]:
-    """Yield the bytes of the record batches, and of the schema, which says how to read them."""
+def arrow_ranges(unit: Unit) -> Iterator[ByteRange]:
+    """Yield where the schema lies, which says how to read the rest, and the record batches."""
     if unit.start:
         with _readable(unit.path, "Arrow"):
-            schema = next(_messages(unit.path))
-        yield from _file_bytes(unit.path, schema.start, schema.stop)
-    yield from _file_bytes(unit.path, unit.start, unit.stop)
+            schema = next(_messages(unit))
+        yield schema.start, schema.stop
+    yield unit.start, unit.stop
 
 
 def arrow_rows_before(unit: Unit) -> int:
     """Count the rows of earlier record batches."""
     with _readable(unit.path, "Arrow"):
-        schema, *messages = _messages(unit.path)
+        schema, *messages = _messages(unit)
         batches = [ipc.read_record_batch(each.content, ipc.read_schema(schema.content)) for each in messages
                    if each.stop <= unit.start]  # fmt: skip
     return sum(batch.num_rows for batch in batches)
@@ -129,33 +129,36 @@ def arrow_rows_before(unit: Unit) -> int:
 
 def _batches(unit: Unit) -> Iterator[Any]:
     if unit.start == 0:
-        with pa.memory_map(unit.path) as source:
-            if _is_ipc_file(unit.path):
+        with _arrow(unit) as source:
+            if _is_ipc_file(unit):
                 reader = ipc.open_file(source)
                 yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
             else:
                 yield from ipc.open_stream(source)
         return
-    messages = _messages(unit.path)
-    schema = ipc.read_schema(next(messages).content)
-    for message in messages:
-        if unit.start <= message.start < unit.stop:
-            yield ipc.read_record_batch(message.content, schema)
+    schema = ipc.read_schema(next(_messages(unit)).content)
+    for message in _messages_between(unit, unit.start, unit.stop):
+        yield ipc.read_record_batch(message.content, schema)
 
 
-def _messages(path: str) -> Iterator[_Message]:
-    """The schema message, then all others: an IPC file is a stream too, behind its magic bytes.
+def _messages(unit: Unit) -> Iterator[_Message]:
+    """The schema message, then all others of the file: an IPC file is a stream too, behind its magic bytes.
 
     Source: Apache Arrow columnar format, "Serialization and Interprocess Communication (IPC)".
     """
-    with pa.memory_map(path) as source:
-        source.seek(len(_FILE_MAGIC) if _is_ipc_file(path) else 0)
-        reader = ipc.MessageReader.open_stream(source)
-        start = end = source.tell()
-        while (content := _next_message(reader)) is not None:
+    yield from _messages_between(unit, len(_FILE_MAGIC) if _is_ipc_file(unit) else 0, None)
+
+
+def _messages_between(unit: Unit, start: int, stop: int | None) -> Iterator[_Message]:
+    """The messages of a byte range, or of all that follows ``start`` and must then have an end mark."""
+    with _arrow(unit) as source:
+        source.seek(start)
+        reader, end = ipc.MessageReader.open_stream(source), start
+        while (stop is None or end < stop) and (content := _next_message(reader)) is not None:
             yield _Message(end, source.tell(), content)
             end = source.tell()
-        if end == start or source.tell() == end:  # a writer that was killed leaves whole messages and nothing behind
+        is_whole = end == stop if stop is not None else end > start and source.tell() > end
+        if not is_whole:  # a writer that was killed leaves whole messages and nothing behind
             raise EOFError("it has no schema" if end == start else "it has no end mark")
 
 
@@ -166,9 +169,17 @@ def _next_message(reader: Any) -> Any:
         return None
 
 
-def _is_ipc_file(path: str) -> bool:
-    with open(path, "rb") as file:
+def _is_ipc_file(unit: Unit) -> bool:
+    with opened(unit.file) as file:
         return file.read(len(_FILE_MAGIC)) == _FILE_MAGIC
+
+
+def _parquet(unit: Unit, **options: Any) -> Any:
+    return pq.ParquetFile(opened(unit.file) if is_url(unit.file) else unit.file, **options)
+
+
+def _arrow(unit: Unit) -> Any:
+    return pa.PythonFile(opened(unit.file), "r") if is_url(unit.file) else pa.memory_map(unit.file)
 
 
 def _records_of(batch: Any, first: int, reading: Reading) -> Iterator[Document | Row | BadRecord]:
@@ -302,14 +313,6 @@ def _borders(sizes: list[int], wanted: int) -> list[int]:
             borders.append(index)
             total = 0
     return borders if len(borders) > 1 and borders[-1] == len(sizes) else [*borders, len(sizes)]
-
-
-def _file_bytes(path: str, begin: int, end: int) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        file.seek(begin)
-        while begin < end and (piece := file.read(min(_PIECE, end - begin))):
-            begin += len(piece)
-            yield piece
 
 
 @contextmanager

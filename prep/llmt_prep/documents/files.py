@@ -61,13 +61,34 @@ def compression(path: str) -> str:
     return suffix if suffix in COMPRESSIONS else ""
 
 
+def require_records(path: str, reading: Reading) -> None:
+    """Raise ConfigError where chats are to be read from what is only text, or the suffix says nothing."""
+    if reader_for(path, reading.reader) == "text" and reading.text_field is None:
+        raise ConfigError(f"{path}: text, and chats are read from JSON lines, Parquet or Arrow; leave it out")
+
+
+def is_wanted(path: str, reading: Reading) -> bool:
+    """Whether a file of a folder is read; where records are read whole, its texts (a README, say) are not."""
+    by_suffix = _reader_by_suffix(path)
+    if by_suffix is None or (by_suffix == "text" and reading.text_field is None):
+        return False
+    return reading.reader in ("auto", by_suffix)
+
+
+def nothing_wanted(folder: str, anything: str, reading: Reading) -> ConfigError:
+    """Return what to say of a folder without a file to read; ``anything`` is a glob of all its files."""
+    return ConfigError(
+        f"{folder}: no file below this folder ends in {_known(reading.reader)}; "
+        f"for other names give a glob, such as {anything}, and `reader:`"
+    )
+
+
 def _match(pattern: str, reading: Reading) -> Iterable[str]:
     if os.path.isdir(pattern):
         return _folder(pattern, reading)
     files = [pattern] if os.path.exists(pattern) else _glob(pattern)
     for path in files:
-        if reader_for(path, reading.reader) == "text" and reading.text_field is None:
-            raise ConfigError(f"{path}: text, and chats are read from JSON lines, Parquet or Arrow; leave it out")
+        require_records(path, reading)
     return files
 
 
@@ -106,12 +127,9 @@ def _folder(folder: str, reading: Reading) -> list[str]:
     _require_readable(folder)
     everything = glob.iglob(os.path.join(glob.escape(folder), "**", "*"), recursive=True)
     # a link that leads nowhere is kept, so that it is noticed when it is opened
-    files = [path for path in everything if _wanted(path, reading) and not os.path.isdir(path)]
+    files = [path for path in everything if is_wanted(path, reading) and not os.path.isdir(path)]
     if not files:
-        raise ConfigError(
-            f"{folder}: no file below this folder ends in {_known(reading.reader)}; "
-            f"for other names give a glob, such as {os.path.join(folder, '**', '*.dat')}, and `reader:`"
-        )
+        raise nothing_wanted(folder, os.path.join(folder, "**", "*.dat"), reading)
     saved = [parent for parent in sorted({os.path.dirname(path) for path in files}) if _is_saved_dataset(parent)]
     if saved:  # its folder also holds cached results of `.map`, and a neighbour may be another split
         raise ConfigError(f"{folder}: holds saved datasets deeper down; point `path:` at each, such as {saved[0]}")
@@ -142,14 +160,6 @@ def _json(path: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: not a JSON object; save the dataset again with `.save_to_disk()`")
     return content
-
-
-def _wanted(path: str, reading: Reading) -> bool:
-    """Whether a file of a folder is read; where records are read whole, its texts (a README, say) are not."""
-    by_suffix = _reader_by_suffix(path)
-    if by_suffix is None or (by_suffix == "text" and reading.text_field is None):
-        return False
-    return reading.reader in ("auto", by_suffix)
 
 
 def _reader_by_suffix(path: str) -> str | None:

@@ -6,7 +6,7 @@ Bytes come in pieces of about 1 MiB, whatever the file; only one record is ever 
 import os
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, BinaryIO, NamedTuple
 
 import orjson
@@ -25,6 +25,7 @@ from llmt_prep.documents.record import (
     shown,
     too_large,
 )
+from llmt_prep.documents.stored import ByteRange, bytes_between, opened, size_of
 from llmt_shared.errors import DataError
 
 _PIECE = 1 << 20
@@ -41,31 +42,26 @@ class _Line(NamedTuple):
     size: int
 
 
-def line_units(path: Path, reader: str, bytes_per_unit: int) -> list[Unit]:
+def line_units(whole: Unit, bytes_per_unit: int) -> list[Unit]:
     """Cut plain JSON lines into byte ranges; anything else, and an empty file, is one unit."""
-    size = path.stat().st_size
-    if reader == "text" or compression(str(path)) or size == 0:
-        return [Unit(str(path), reader, 0, size)]
+    size = size_of(whole.file)
+    if whole.reader == "text" or compression(whole.path) or size == 0:
+        return [replace(whole, start=0, stop=size)]
     starts = range(0, size, bytes_per_unit)
-    return [Unit(str(path), reader, start, min(start + bytes_per_unit, size)) for start in starts]
+    return [replace(whole, start=start, stop=min(start + bytes_per_unit, size)) for start in starts]
 
 
-def stored_bytes(unit: Unit) -> Iterator[bytes]:
-    """Yield the unit's bytes as they lie in the file: of plain JSON lines, those of the lines that start in it."""
-    with open(unit.path, "rb") as file:
-        if unit.reader == "jsonl" and not compression(unit.path):
-            begin, end = _line_start(file, unit.start), _line_start(file, unit.stop)
-        else:
-            begin, end = unit.start, unit.stop
-        file.seek(begin)
-        while begin < end and (piece := file.read(min(_PIECE, end - begin))):
-            begin += len(piece)
-            yield piece
+def stored_range(unit: Unit) -> ByteRange:
+    """Where the unit's bytes lie in the file: of plain JSON lines, those of the lines that start in it."""
+    if unit.reader != "jsonl" or compression(unit.path):
+        return unit.start, unit.stop
+    with opened(unit.file) as file:
+        return _line_start(file, unit.start), _line_start(file, unit.stop)
 
 
 def count_lines_before(unit: Unit) -> int:
     """Count the lines that start before the unit."""
-    before = Unit(unit.path, unit.reader, 0, unit.start)
+    before = replace(unit, start=0, stop=unit.start)
     return sum(1 for _ in _lines(_contents(before), limit=0))
 
 
@@ -226,11 +222,11 @@ def _contents(unit: Unit) -> Iterator[bytes]:
 def _decompressed(unit: Unit) -> Iterator[bytes]:
     kind = compression(unit.path)
     if not kind:
-        yield from stored_bytes(unit)
+        yield from bytes_between(unit.file, *stored_range(unit))
         return
     name = {".gz": "gzip", ".zst": "Zstandard"}[kind]
     try:
-        with open(unit.path, "rb") as file:
+        with opened(unit.file) as file:
             yield from _gunzip(file) if kind == ".gz" else _unzstd(file)
     except (zlib.error, zstandard.ZstdError, EOFError) as error:
         if "too much memory" in str(error):
@@ -291,4 +287,4 @@ def _line_start(file: BinaryIO, offset: int) -> int:
         if found >= 0:
             return position + found + 1
         position += len(piece)
-    return os.fstat(file.fileno()).st_size
+    return file.seek(0, os.SEEK_END)

@@ -32,6 +32,13 @@ class Unit:
     stop: int
     """Half-open range: row groups of a Parquet file, else bytes. Of plain JSON lines the unit owns those that START in
     it; of an Arrow file it has whole record batches, and `start` 0 means the whole file."""
+    copy: str = ""
+    """File that stands in for the one at ``path`` while this unit is read: what of it the unit depends on is there."""
+
+    @property
+    def file(self) -> str:
+        """Where its bytes are read; ``path`` is what it is called."""
+        return self.copy or self.path
 
 
 class Document(NamedTuple):

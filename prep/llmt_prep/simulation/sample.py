@@ -5,7 +5,6 @@ unbiased also where files, and with them units, have very different sizes.
 """
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -96,7 +95,7 @@ def _opened(config: MixConfig, files: Sequence[InputFile], drawn: Sequence[tuple
     done: set[tuple[int, int]] = set()
     for number, place in drawn:
         file = files[number]
-        units = documents.split_into_units(Path(file.path), _reader(config, file), config.unit_size)
+        units = documents.split_into_units(file.path, _reader(config, file), config.unit_size)
         index = place * len(units) // _about_units(config, file)
         if units and (number, index) not in done:
             done.add((number, index))
