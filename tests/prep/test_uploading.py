@@ -147,8 +147,9 @@ def test_faults_that_pass_change_nothing(mix, local, server):
 def test_faults_that_stay_end_the_run_and_it_goes_on_later(mix, url, local, server, monkeypatch):
     monkeypatch.setattr(objects, "PATIENCE", 0.3)
     server.faults = object_store.Faults(error=1, only="tokens/c/2/")
-    with pytest.raises(StoreError, match=r"train/tokens/c/2/0: no right answer.*run the same command again"):
+    with pytest.raises(StoreError, match=r"train/tokens/c/2/0: no right answer.*run the same command again") as error:
         build(mix)
+    assert error.value.exit_code == 1
     assert "MANIFEST.json" not in names_below(url)
     server.faults = object_store.Faults()
     server.seen.clear()
@@ -290,6 +291,13 @@ def test_what_a_user_keeps_there_stays(mix, url, name):
         ):
             build(mix, force=force)
     assert names_below(url) == [name]
+
+
+def test_a_source_below_the_output_is_refused(mix, url):
+    (url / "raw.jsonl").write_bytes(b'{"text": "some words"}\n')
+    (url / uploading.NOTE).write_bytes(b"{}")
+    with pytest.raises(ConfigError, match=r"raw.jsonl: would be packed, but is packing's own"):
+        build(mix | {"sources": {"a": {"path": f"{url}/*.jsonl"}}})
 
 
 def test_a_note_that_is_not_ours_is_named(mix, url):
