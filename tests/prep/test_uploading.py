@@ -222,6 +222,15 @@ def test_a_kill_in_the_middle_of_gathering_costs_only_time(mix, url, local, serv
     assert build(mix).digest == local.digest
 
 
+def test_a_shard_that_another_attempt_has_uploaded_is_done(url, server, tmp_path):
+    shards._move(tmp_path / "gone", url)
+    assert not url.exists()
+    (tmp_path / "chunk").write_bytes(b"tokens")
+    with pytest.raises(FileNotFoundError, match="no such bucket"):
+        shards._move(tmp_path / "chunk", ObjectPath("s3://elsewhere/chunk"))
+    assert (tmp_path / "chunk").exists()
+
+
 def stop_gathering(mix: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: Any) -> None:
         raise Stopped("as asked")
