@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, Thread
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 import boto3
 import pytest
@@ -70,6 +71,7 @@ def serving(faults: Faults | None = None) -> Iterator[Server]:
     moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     moto.start()
     host, port = moto.get_host_and_port()
+    urlopen(Request(f"http://{host}:{port}/moto-api/reset", method="POST")).close()  # one store in a process, not two
     server = Server("", faults or Faults(), [], Counter())
     proxy = _Proxy(server, f"{host}:{port}")
     threading.Thread(target=proxy.serve_forever, daemon=True).start()

@@ -9,6 +9,7 @@ how many segments it has.
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -192,9 +193,15 @@ def _move(chunk: Path, url: ObjectPath) -> None:
     """Upload a chunk and remove it here, for the disk need not hold all of them."""
     from llmt_prep.uploading import upload
 
-    upload(chunk, url)
-    chunk.unlink()
-    chunk.parent.rmdir()
+    try:
+        upload(chunk, url)
+        chunk.unlink()
+    except FileNotFoundError:
+        if chunk.exists():
+            raise
+        return  # another attempt at the same shard, which was taken for lost, has done it
+    with suppress(OSError):  # such an attempt may write there
+        chunk.parent.rmdir()
 
 
 def finish_split(task: SplitTask) -> Totals:

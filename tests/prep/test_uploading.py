@@ -147,8 +147,9 @@ def test_faults_that_pass_change_nothing(mix, local, server):
 def test_faults_that_stay_end_the_run_and_it_goes_on_later(mix, url, local, server, monkeypatch):
     monkeypatch.setattr(objects, "PATIENCE", 0.3)
     server.faults = object_store.Faults(error=1, only="tokens/c/2/")
-    with pytest.raises(StoreError, match=r"train/tokens/c/2/0: no right answer.*run the same command again"):
+    with pytest.raises(StoreError, match=r"train/tokens/c/2/0: no right answer.*run the same command again") as error:
         build(mix)
+    assert error.value.exit_code == 1
     assert "MANIFEST.json" not in names_below(url)
     server.faults = object_store.Faults()
     server.seen.clear()
@@ -221,6 +222,15 @@ def test_a_kill_in_the_middle_of_gathering_costs_only_time(mix, url, local, serv
     assert build(mix).digest == local.digest
 
 
+def test_a_shard_that_another_attempt_has_uploaded_is_done(url, server, tmp_path):
+    shards._move(tmp_path / "gone", url)
+    assert not url.exists()
+    (tmp_path / "chunk").write_bytes(b"tokens")
+    with pytest.raises(FileNotFoundError, match="no such bucket"):
+        shards._move(tmp_path / "chunk", ObjectPath("s3://elsewhere/chunk"))
+    assert (tmp_path / "chunk").exists()
+
+
 def stop_gathering(mix: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: Any) -> None:
         raise Stopped("as asked")
@@ -290,6 +300,13 @@ def test_what_a_user_keeps_there_stays(mix, url, name):
         ):
             build(mix, force=force)
     assert names_below(url) == [name]
+
+
+def test_a_source_below_the_output_is_refused(mix, url):
+    (url / "raw.jsonl").write_bytes(b'{"text": "some words"}\n')
+    (url / uploading.NOTE).write_bytes(b"{}")
+    with pytest.raises(ConfigError, match=r"raw.jsonl: would be packed, but is packing's own"):
+        build(mix | {"sources": {"a": {"path": f"{url}/*.jsonl"}}})
 
 
 def test_a_note_that_is_not_ours_is_named(mix, url):
