@@ -42,7 +42,7 @@ from llmt_prep.tokenizer import LoadedTokenizer, load_tokenizer
 from llmt_shared import __version__, durable
 from llmt_shared.errors import ConfigError, FormatError
 from llmt_shared.manifest import NAME, Manifest, SplitEntry, read_manifest, wrong_files
-from llmt_shared.objects import Location, ObjectPath
+from llmt_shared.objects import Location, ObjectPath, is_url
 from llmt_shared.progress import say, stage
 
 if TYPE_CHECKING:
@@ -199,7 +199,8 @@ def _build(config: MixConfig, executor: Executor, force: bool, rehash: bool) -> 
 def _opened(config: MixConfig, workers: int | None, marks: Sequence[Path]) -> AbstractContextManager[Executor]:
     """The executor that a mix asks for."""
     workers, ray = workers or config.workers, config.ray
-    inputs = [_existing(Path(path).expanduser()) for source in config.sources.values() for path in source.path]
+    paths = [path for source in config.sources.values() for path in source.path if not is_url(path)]
+    inputs = [_existing(Path(path).expanduser()) for path in paths]
     return opened(config.executor, workers, address=ray.address, memory=ray.memory, marks=marks, inputs=inputs)
 
 

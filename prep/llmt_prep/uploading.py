@@ -17,11 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from llmt_shared.errors import ConfigError, StoreError
-from llmt_shared.manifest import NAME, read_manifest, wrong_files
+from llmt_shared.manifest import NAME, NOTE, read_manifest, wrong_files
 from llmt_shared.objects import PART, ObjectPath, is_encrypted
-
-NOTE = "PACKING.json"
-"""Who makes the dataset, of what."""
 
 _TRIES = 4
 """At an object that does not arrive as it was sent."""

@@ -17,6 +17,8 @@ from llmt_shared.objects import Location, ObjectPath
 
 FORMAT_VERSION = 1
 NAME = "MANIFEST.json"
+NOTE = "PACKING.json"
+"""Below a URL: who makes the dataset, of what, as long as it is unfinished."""
 
 
 def _inside(path: str) -> str:
@@ -93,8 +95,8 @@ def read_manifest(directory: Location) -> tuple[Manifest, str]:
     path = directory / NAME
     try:
         content = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise FormatError(_why_missing(directory)) from None
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FormatError(_why_missing(directory, error)) from None
     try:
         manifest = Manifest.model_validate_json(content)
     except ValidationError as error:
@@ -107,9 +109,11 @@ def read_manifest(directory: Location) -> tuple[Manifest, str]:
     return manifest, hashlib.sha256(content).hexdigest()
 
 
-def _why_missing(directory: Location) -> str:
+def _why_missing(directory: Location, error: OSError) -> str:
     if isinstance(directory, ObjectPath):
-        return f"{directory}: holds no {NAME}, so there is no finished dataset; wanted the `output` of `llmt-prep pack`"
+        if (directory / NOTE).exists():
+            return f"{directory}: unfinished; run the same `llmt-prep pack` again to finish it"
+        return f"{directory}: no dataset ({NAME}: {error.strerror}); wanted the `output` of `llmt-prep pack`"
     if (directory.parent / f"{directory.name}.staging").exists():
         return f"{directory}: unfinished; run the same `llmt-prep pack` again to finish it"
     if not directory.exists():

@@ -116,7 +116,7 @@ def test_each_command_takes_a_url(urls, command):
 def test_no_dataset_is_one_message(server, command, url):
     result = CliRunner().invoke(app, [command, url])
     assert result.exit_code == 3 or getattr(result.exception, "exit_code", None) == 3
-    assert f"{url}: holds no MANIFEST.json" in result.stdout + str(result.exception)
+    assert f"{url}: no dataset (MANIFEST.json: no such " in result.stdout + str(result.exception)
 
 
 def test_verify_without_access_is_one_message(urls, server):

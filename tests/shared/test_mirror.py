@@ -93,5 +93,11 @@ def test_a_bit_that_flips_on_the_way_is_read_again(local, url, server):
 
 def test_what_holds_no_manifest_is_no_dataset(server):
     server.url("unfinished/train/zarr.json").write_bytes(b"{}")
-    with pytest.raises(FormatError, match=r"s3://bucket/unfinished: holds no MANIFEST.json"):
+    with pytest.raises(FormatError, match=r"s3://bucket/unfinished: no dataset .MANIFEST.json: no such object"):
         open_dataset("s3://bucket/unfinished")
+
+
+def test_a_dataset_that_grows_is_told_from_none(server):
+    server.url("growing/PACKING.json").write_bytes(b"{}")
+    with pytest.raises(FormatError, match=r"s3://bucket/growing: unfinished; run the same `llmt-prep pack` again"):
+        open_dataset("s3://bucket/growing")
