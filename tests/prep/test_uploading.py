@@ -350,18 +350,19 @@ def test_a_bit_that_flips_on_its_way_up_is_sent_again(server, url, tmp_path, mon
 
 
 def _flipping(handler: Any, really: Callable[..., None], flips: list[int]) -> None:
-    stream, flips[0] = handler.rfile, flips[0] - 1
+    stream, is_flipped = handler.rfile, flips[0] > 0
+    flips[0] -= is_flipped  # before the answer: the test looks as soon as that is there
 
     class Flipped:
         def read(self, size: int) -> bytes:
             content = stream.read(size)
-            return bytes([content[0] ^ 1]) + content[1:] if content and flips[0] >= 0 else content
+            return bytes([content[0] ^ 1]) + content[1:] if content and is_flipped else content
 
     handler.rfile = Flipped()
     try:
         really(handler)
     finally:
-        handler.rfile, flips[0] = stream, max(flips[0], 0)
+        handler.rfile = stream
 
 
 @pytest.mark.parametrize("size", [0, 1, 5 << 20, (5 << 20) + 1, 11 << 20])
