@@ -23,7 +23,7 @@ print(hashlib.sha256("\0".join(parts).encode()).hexdigest())') || return 1
     if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
         echo "installing llmt into .venv (once)" >&2
         .venv/bin/python -m pip install --quiet --disable-pip-version-check \
-            --constraint constraints.txt --editable '.[prep,train,report,peft,smollm2,dev]' >&2 || return 1
+            --constraint constraints.txt --editable '.[prep,train,report,peft,smollm2,ray,dev]' >&2 || return 1
         echo "$wanted" > .venv/installed
     fi
     export PATH="$PWD/.venv/bin:$PATH"
