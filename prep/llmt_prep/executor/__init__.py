@@ -93,5 +93,7 @@ def opened(
     cluster = Cluster(address, memory, workers, tuple(marks), tuple(inputs))
     try:
         yield cluster
-    finally:
-        cluster.leave()
+    except BaseException as error:
+        cluster.leave(error)
+        raise
+    cluster.leave(None)

@@ -4,23 +4,27 @@ Ray places tasks by the CPU and the memory that each declares; how many are hand
 they end is ours (`dispatch`), so that all that is seen of Ray are its nodes' names.
 """
 
+import atexit
 import logging
+import os
 import signal
+import sys
 import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 from ray import exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from llmt_prep.executor.address import address_of, answers
+from llmt_prep.executor.address import address_of
 from llmt_prep.executor.dispatch import Ended, Lost, dispatch
 from llmt_prep.executor.local import usable_cpus
 from llmt_prep.executor.nodes import (
@@ -45,7 +49,10 @@ _WAIT = 60.0
 _SECONDS_BETWEEN_LOOKS = 5.0
 _SILENCE = 30.0
 """Seconds without an answer of the cluster's head after which it is gone; Ray ends this process after 60."""
+_GRACE = 5.0
+"""Seconds to leave a cluster that is gone."""
 _WAY_OUT = "nothing is lost: run the same command again to go on when it is there again"
+_OWN_NODE_GONE = f"the Ray node of this machine is gone; {_WAY_OUT}"
 _LOSSES = {
     exceptions.OutOfMemoryError: "a machine was out of memory",
     exceptions.NodeDiedError: "a node of the cluster was lost",
@@ -66,8 +73,10 @@ class Cluster:
         self._marks, self._inputs = marks, inputs
         self._nodes: list[Node] = []
         self._is_joined = self._is_ours = self._is_gone = False
-        self._next_look = self._seen = self._roomy = 0.0
-        """On the monotonic clock: when to look again, and when a look last found the head and a node with room."""
+        self._seen = self._roomy = 0.0
+        """On the monotonic clock: when the head last answered, and when there was last a node with room."""
+        self._left = threading.Event()
+        self._watching = threading.Thread(target=self._watch, daemon=True)
 
     @property
     def workers(self) -> int:
@@ -99,10 +108,23 @@ class Cluster:
         cpus = sum(node.cpus for node in self._nodes)
         return {"executor": "ray", "workers": self.workers, "nodes": len(self._nodes), "cpus": cpus}
 
-    def leave(self) -> None:
-        """Leave the cluster; one that was started for this run ends."""
-        if self._is_ours:
-            ray.shutdown()
+    def leave(self, error: BaseException | None) -> None:
+        """Leave the cluster; one that was started for this run ends.
+
+        Args:
+            error: what ends the run, where one does.
+        """
+        self._left.set()
+        if not self._is_ours:
+            return
+        atexit.unregister(ray.shutdown)  # it may wait for a head that hangs, for ever
+        leaving = threading.Thread(target=ray.shutdown, daemon=True)
+        leaving.start()
+        leaving.join(_GRACE if self._is_gone else _SILENCE)
+        if self._is_joined:
+            self._watching.join(_GRACE)
+        if leaving.is_alive() or self._watching.is_alive():  # a thread within Ray ends the interpreter by a fault
+            atexit.register(_end_at_once, getattr(error, "exit_code", Stopped.exit_code) if error else 0)
 
     # What `dispatch` asks for.
 
@@ -125,20 +147,26 @@ class Cluster:
             ray.cancel(begun, force=force)
 
     def look(self) -> None:
-        """See from time to time whether the cluster is still there, and how large it is."""
+        """Raise Stopped where the cluster is not there any more, or no node with room has been for long."""
         now = time.monotonic()
-        if now < self._next_look:
-            return
-        self._next_look = now + _SECONDS_BETWEEN_LOOKS
-        if answers(self._head):
-            self._seen = now
-            self._nodes = usable_nodes(ray.nodes(), self._memory)
-            self._roomy = now if self._nodes else self._roomy
-        if now - self._seen > _SILENCE:
-            self._is_gone = True
+        self._is_gone = self._is_gone or now - self._seen > _SILENCE
+        if not self._has_own_node:
+            raise Stopped(_OWN_NODE_GONE)
+        if self._is_gone:
             raise Stopped(f"the Ray cluster at {self._head} does not answer any more; {_WAY_OUT}")
-        if now - self._roomy > _WAIT:
+        if now - self._roomy > max(_WAIT, _SILENCE):
             raise Stopped(f"the Ray cluster at {self._head} has lost all nodes with room for a task; {_WAY_OUT}")
+
+    def _watch(self) -> None:
+        """See from time to time how large the cluster is; in a thread, for a head that hangs keeps whoever asks."""
+        while not self._left.wait(_SECONDS_BETWEEN_LOOKS):
+            with suppress(Exception):  # what does not answer, `look` reports
+                described = ray.nodes()
+                self._nodes = usable_nodes(described, self._memory)
+                self._has_own_node = any(each["NodeID"] == self._own_node and each["Alive"] for each in described)
+                self._is_gone = self._is_gone or not self._has_own_node
+                self._seen = time.monotonic()
+                self._roomy = self._seen if self._nodes else self._roomy
 
     def _join(self) -> None:
         """Join the cluster, once, and see that its nodes can do the work.
@@ -152,12 +180,14 @@ class Cluster:
         if self._is_ours:
             _begin_ray(address_of(self._said), self._most)
         self._head = ray.get_runtime_context().gcs_address
+        self._own_node, self._has_own_node = ray.get_runtime_context().get_node_id(), True
         self._nodes = self._wait_for_nodes()
         self._terms = terms_of_this_process(self._marks)
         self._remote = ray.remote(num_cpus=1, memory=self._memory, max_retries=0)(serve)
         self._nodes = _checked(self._nodes, self._terms, self._inputs)
-        self._next_look = self._seen = self._roomy = time.monotonic()
+        self._seen = self._roomy = time.monotonic()
         self._is_joined = True
+        self._watching.start()
         say(self._described())
 
     def _wait_for_nodes(self) -> list[Node]:
@@ -251,6 +281,13 @@ def _checked(nodes: Sequence[Node], terms: Terms, inputs: Iterable[Path]) -> lis
     return there_still
 
 
+def _end_at_once(code: int) -> NoReturn:
+    """End, and wait for nobody."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def _end_of(future: Any) -> Lost | Ended:
     """How a task ended, in our terms."""
     error = future.exception()
@@ -261,7 +298,7 @@ def _end_of(future: Any) -> Lost | Ended:
         if isinstance(error, kind):
             return Lost(how)
     if isinstance(error, exceptions.LocalRayletDiedError):
-        return Ended(None, Stopped(f"the Ray node of this machine is gone; {_WAY_OUT}"))
+        return Ended(None, Stopped(_OWN_NODE_GONE))
     return Ended(None, LlmtError(f"Ray could not run a task: {_in_short(error)}"))
 
 
