@@ -192,6 +192,21 @@ def test_two_processes_share_what_one_has_fetched(wanted, url, quarter, server, 
         assert set(Counter(server.fetched("/c/")).values()) == {1}
 
 
+@pytest.mark.slow
+def test_ranks_of_one_run_share_the_cache(data, url, quarter, server, tmp_path):
+    """Against two ranks on the local copy, whose sums are in the same order."""
+    cache = {"path": str(tmp_path / "cache"), "size": quarter}
+    for name, where in (("local", data), ("remote", url)):
+        config = config_of(where, tmp_path / name, cache=cache, parallel={"dp": 2})
+        (tmp_path / f"{name}.yaml").write_text(config.model_dump_json())
+        command = [sys.executable, "-m", "llmt_train", "fit", "--config", str(tmp_path / f"{name}.yaml")]
+        environment = os.environ | object_store.environment(server) | {"OMP_NUM_THREADS": "1"}
+        with watched(tmp_path / "cache", quarter) as most:
+            subprocess.run(command, env=environment, check=True)
+        assert most[0] <= quarter
+    assert curve(tmp_path / "remote") == curve(tmp_path / "local")
+
+
 def test_a_cache_without_room_for_a_block_is_refused_with_what_would_fit(url, quarter, tmp_path):
     train, cache = {"epochs": 1, "shuffle_shards": 9}, {"path": tmp_path / "cache", "size": quarter}
     said = r"cache.size: \d+ bytes cannot hold .*train.shuffle_shards 9 needs \d+; set .* or train.shuffle_shards [1-8]"
