@@ -6,7 +6,8 @@ CORPUS_FOLDER is what corpus.py wrote; where its corpus is too small it is grown
 from nothing each time: two local processes; a Ray cluster that the run starts, of one node with two CPUs; two raylets
 with a CPU each, which run already. Start-up is the time of a tiny corpus less that of the local processes; the work is
 the time of the whole corpus less that of the tiny one. All datasets must be the same. Wanted: start-up of at most 15 s,
-and at most 10 % more for the work. Needs two cores that nothing else uses.
+and at most 10 % more for the work. Needs two cores that nothing else uses: Ray runs its workers at nice 15. Fewer than
+64 MB are too few units to say anything.
 """
 
 import argparse

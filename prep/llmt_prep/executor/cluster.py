@@ -117,8 +117,7 @@ class Cluster:
         self._left.set()
         if not self._is_ours:
             return
-        atexit.unregister(ray.shutdown)  # it may wait for a head that hangs, for ever
-        leaving = threading.Thread(target=ray.shutdown, daemon=True)
+        leaving = threading.Thread(target=ray.shutdown, daemon=True)  # it may wait for a head that hangs, for ever
         leaving.start()
         leaving.join(_GRACE if self._is_gone else _SILENCE)
         if self._is_joined:
