@@ -5,6 +5,7 @@ The bytes of the dataset depend on the mix and the input alone: not on workers, 
 """
 
 import json
+import os
 import platform
 import socket
 import tempfile
@@ -206,7 +207,7 @@ def _opened(config: MixConfig, workers: int | None, marks: Sequence[Path]) -> Ab
 
 def _existing(path: Path) -> Path:
     """The path, or the nearest folder above it that is there: of a glob, where it starts."""
-    return next(each for each in (path, *path.absolute().parents) if each.exists())
+    return next(each for each in (path, *path.absolute().parents) if os.path.exists(each))
 
 
 def _tokenizer(config: MixConfig) -> LoadedTokenizer:

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from llmt_prep import pipeline, staging
+from llmt_prep import finish, pipeline, staging
 from llmt_prep.config import MixConfig
 from llmt_prep.pipeline import Built, build_dataset
+from llmt_prep.verify import find_problems
 from llmt_shared.dataset import open_dataset
 from llmt_shared.errors import ConfigError, DataError, FormatError, Stopped
 
@@ -186,3 +187,29 @@ def test_what_killed_processes_were_writing_goes_when_the_run_goes_on(tmp_path: 
     assert staging.prepare(tmp_path / "out", "recipe") == (directory, True)
     assert not leftover.exists()
     assert (directory / "recipe.json").exists()
+
+
+def test_what_a_task_that_was_taken_for_lost_writes_to_the_end_is_no_part_of_the_dataset(
+    mix: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may begin a file before the manifest is written, or after."""
+    wanted = build(mix | {"output": mix["output"] + "-reference"}).digest
+    late: list[Path] = []
+
+    def leave(name: str, data: Path) -> None:
+        late.append(data / "train" / "tokens" / "c" / "0" / f"{name}.elsewhere.1.tmp")
+        late[-1].write_bytes(b"late")
+
+    def written(data: Path, *more: Any, write: Any = finish.write_manifest) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", lambda *_, **__: None)  # it begins right after others were removed
+            leave("before", data)
+            write(data, *more)
+        leave("after", data)
+
+    monkeypatch.setattr(finish, "write_manifest", written)
+    built = build(mix)
+    assert len(late) == 2
+    assert list(built.path.rglob("*.tmp")) == []
+    assert built.digest == wanted
+    assert find_problems(built.path) == []

@@ -2,25 +2,29 @@
 
 import os
 import socket
-from contextlib import suppress
 from pathlib import Path
 
 from llmt_shared.errors import ConfigError
 
+HERE = "auto"
+"""The cluster that `ray start` has started on this machine."""
+
 
 def address_of(said: str | None) -> str:
-    """Where to join: what is said, else $RAY_ADDRESS, else a running cluster of this machine, else `local`.
+    """Where to join: what is said, else $RAY_ADDRESS, else `HERE` where it runs, else `local`: a new one.
 
     Raises:
         ConfigError: nothing answers there, or it is an address that cannot serve.
     """
-    address = said or os.environ.get("RAY_ADDRESS") or running() or "local"
+    address = said if said not in (None, HERE) else os.environ.get("RAY_ADDRESS") or said
+    if address is None:
+        return HERE if _runs_here() else "local"
     if address == "local":
         return address
-    if address == "auto":
-        if (found := running()) is None:
+    if address == HERE:
+        if not _runs_here():
             raise ConfigError("ray.address: auto, but no Ray cluster runs on this machine; start one with `ray start`")
-        return found
+        return address
     if "://" in address:
         raise ConfigError(
             f"ray.address: {address!r} leads through a proxy; wanted the cluster's own, as HOST:6379, from a machine "
@@ -29,21 +33,20 @@ def address_of(said: str | None) -> str:
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
         raise ConfigError(f"ray.address: {address!r}; wanted HOST:PORT, as `ray start --head` tells it, auto or local")
-    if not answers(address):
+    if not _answers(address):
         raise ConfigError(f"ray.address: nothing answers at {address}; is the cluster running?")
     return address
 
 
-def running() -> str | None:
-    """Address of the cluster that `ray start` has started on this machine, where it still runs."""
+def _runs_here() -> bool:
     folder = os.environ.get("RAY_TMPDIR") or "/tmp"  # noqa: S108  where Ray has it
-    with suppress(OSError):
-        address = Path(folder, "ray", "ray_current_cluster").read_text().strip()
-        return address if answers(address) else None
-    return None
+    try:
+        return _answers(Path(folder, "ray", "ray_current_cluster").read_text().strip())
+    except OSError:
+        return False
 
 
-def answers(address: str) -> bool:
+def _answers(address: str) -> bool:
     """Whether somebody listens."""
     host, _, port = address.rpartition(":")
     try:

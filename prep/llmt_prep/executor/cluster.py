@@ -24,7 +24,7 @@ import ray
 from ray import exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from llmt_prep.executor.address import address_of
+from llmt_prep.executor.address import HERE, address_of
 from llmt_prep.executor.dispatch import Ended, Lost, dispatch
 from llmt_prep.executor.local import usable_cpus
 from llmt_prep.executor.nodes import (
@@ -117,8 +117,7 @@ class Cluster:
         self._left.set()
         if not self._is_ours:
             return
-        atexit.unregister(ray.shutdown)  # it may wait for a head that hangs, for ever
-        leaving = threading.Thread(target=ray.shutdown, daemon=True)
+        leaving = threading.Thread(target=ray.shutdown, daemon=True)  # it may wait for a head that hangs, for ever
         leaving.start()
         leaving.join(_GRACE if self._is_gone else _SILENCE)
         if self._is_joined:
@@ -223,9 +222,13 @@ def _begin_ray(address: str, workers: int | None) -> None:
         }
     _silence_ray()
     try:
-        _with_our_signals(partial(ray.init, address, logging_level=logging.ERROR, log_to_driver=False, **alone))
+        wanted = None if address == HERE else address  # Ray finds it, and its token: one told by name must be told it
+        _with_our_signals(partial(ray.init, wanted, logging_level=logging.ERROR, log_to_driver=False, **alone))
     except (OSError, RuntimeError, ValueError, exceptions.RayError) as error:
-        raise ConfigError(f"ray.address: cannot join {address}: {_in_short(error)}") from error
+        raise ConfigError(
+            f"ray.address: cannot join {address}: {_in_short(error)}; "
+            f"where the cluster wants a token, set RAY_AUTH_MODE=token"
+        ) from error
 
 
 def _silence_ray() -> None:
@@ -303,4 +306,5 @@ def _end_of(future: Any) -> Lost | Ended:
 
 
 def _in_short(error: BaseException) -> str:
-    return textwrap.shorten(str(error) or type(error).__name__, 400)
+    cause = getattr(error, "cause", None) or error  # of a RayTaskError, whose own text is a traceback
+    return textwrap.shorten(str(cause) or type(cause).__name__, 400)

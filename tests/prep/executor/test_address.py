@@ -45,10 +45,9 @@ def test_what_is_said_comes_before_the_environment_and_that_before_this_machine(
     head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs_here(tmp_path, head)
-    assert address_of(None) == head
-    assert address_of("auto") == head
+    assert address_of(None) == address_of("auto") == "auto"
     monkeypatch.setenv("RAY_ADDRESS", "local")
-    assert address_of(None) == "local"
+    assert address_of(None) == address_of("auto") == "local"
     assert address_of(head) == head
 
 

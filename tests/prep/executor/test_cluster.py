@@ -16,7 +16,7 @@ import small_tasks
 from ray_cluster import joined, kill_node, node_of, running_cluster
 
 from llmt_prep.executor import opened
-from llmt_shared.errors import ConfigError, DataError, Stopped
+from llmt_shared.errors import ConfigError, DataError, LlmtError, Stopped
 
 pytest.importorskip("ray", reason="the extra `ray` is not installed")
 
@@ -117,6 +117,32 @@ def test_a_lost_node_costs_time_only_and_a_line(cluster: Any, capfd: pytest.Capt
     assert [line for line in more if not re.search(r" was lost; task \d+ is done again, try 2 of 4", line)] == []
     assert more
     assert out == ""
+
+
+def test_every_way_of_losing_a_worker_is_a_loss_and_no_other_error_shows_ray() -> None:
+    from concurrent.futures import Future
+
+    from ray import exceptions
+
+    from llmt_prep.executor.cluster import _end_of
+    from llmt_prep.executor.dispatch import Ended, Lost
+
+    def end(error: BaseException | None, result: Any = None) -> Lost | Ended:
+        future: Future[Any] = Future()
+        future.set_exception(error) if error else future.set_result(result)
+        return _end_of(future)
+
+    crashed, died = exceptions.WorkerCrashedError(), exceptions.NodeDiedError("node")
+    lost = exceptions.ObjectLostError("00", None, "")
+    assert end(crashed) == Lost("a worker process was lost")
+    assert end(died) == end(lost) == Lost("a node of the cluster was lost")
+    assert end(exceptions.OutOfMemoryError("memory")) == Lost("a machine was out of memory")
+    assert end(None, (None, MemoryError())) == Lost("a worker process had no memory left")
+    assert end(None, (3, None)) == Ended(3, None)
+    failed = end(exceptions.RayTaskError("serve", "a traceback", ImportError("no llmt_prep")))
+    assert isinstance(failed, Ended)
+    assert type(failed.error) is LlmtError
+    assert str(failed.error) == "Ray could not run a task: no llmt_prep"
 
 
 # What stops a run before it begins
