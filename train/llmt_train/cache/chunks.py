@@ -77,7 +77,7 @@ class CachedChunks:
         return _Cached(self, array, layout)
 
     def hold(self, path: Path) -> int:
-        """Return a descriptor of a file of the cache, which is fetched if it is not there, and stays until then."""
+        """Return a descriptor of a file, fetched if it is not there; it stays in the cache until that is closed."""
         if (descriptor := self._folder.hold(path)) is not None:
             return descriptor
         name = self._name(path)
@@ -111,7 +111,7 @@ class CachedChunks:
         finally:
             self._followers.pop()
             if order is not None:
-                self._run = self._block = None
+                self._run, self._block, self._coming = None, None, []
                 self._reader.tell(None)
             with self._wake:
                 self._wake.notify_all()
