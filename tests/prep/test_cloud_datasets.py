@@ -89,7 +89,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["pretrain", "preference"])
+@pytest.mark.parametrize("kind", [pytest.param("pretrain", marks=pytest.mark.slow), "preference"])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_the_findings_are_those_of_the_local_copy(sound, server, tmp_path, kind, damage):
     local = small_datasets.copy(sound[kind], tmp_path / "data")

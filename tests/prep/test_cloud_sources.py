@@ -230,7 +230,14 @@ def test_files_of_a_web_server_are_read_one_by_one(mix_of, local, corpus, tmp_pa
             build(mix)
 
 
-@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 2), (signal.SIGTERM, 1), (signal.SIGKILL, 2)])
+@pytest.mark.parametrize(
+    ("number", "workers"),
+    [
+        (signal.SIGTERM, 2),
+        pytest.param(signal.SIGTERM, 1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_a_stop_leaves_no_copies(mix_of, remote, server, tmp_path, number, workers):
     (tmp_path / "temporary").mkdir()
     mix = mix_of("pretrain", tmp_path, server.url("raw"))

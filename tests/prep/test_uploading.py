@@ -190,9 +190,10 @@ def kill(mix: dict[str, Any], server: object_store.Server, at: int, step: str) -
     ).returncode
 
 
-def test_a_kill_at_any_upload_is_gone_on_after(mix, url, local, server, tmp_path):
+@pytest.mark.parametrize("places", [(5, -1), pytest.param((1, 2, -4, 0), marks=pytest.mark.slow)])
+def test_a_kill_at_any_upload_is_gone_on_after(mix, url, local, server, tmp_path, places):
     num_uploads = len(local.manifest.files) + 4  # with note, manifest, run.json, and the note's removal
-    for at in (1, 2, 5, num_uploads - 4, num_uploads - 1, num_uploads):
+    for at in (place if place > 0 else num_uploads + place for place in places):
         assert kill(mix, server, at, "after" if at % 2 else "before") == 9
         is_finished = "MANIFEST.json" in names_below(url)
         assert not is_finished or find_problems(url) == [] or uploading.NOTE in names_below(url)

@@ -129,6 +129,7 @@ def test_chats_and_pairs_are_foreseen_too(kind: str, overflow: str, tmp_path: Pa
     assert found.disk.dataset == pytest.approx(size(built.path), rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_corpus_a_million_times_as_large_is_answered_in_seconds(mix: dict[str, Any]) -> None:
     found = simulated(mix, "documents=1e10,machines=64,cores=32,disk=2GB/s,sample=250kB", workers=2)
     assert sum(source.documents for source in found.forecast.sources.values()) == pytest.approx(10**10, rel=1e-6)
