@@ -21,7 +21,7 @@ def forecast(said: dict[str, object], cluster: Cluster | None = None, **changes:
     return predict(config, corpus(*BYTES), rates(list(TWO)), scenario, cluster or Cluster(cores=2))
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(st.integers(100_000, 10**12), st.floats(1.001, 1000))
 def test_more_documents_never_need_less(documents: int, times: float) -> None:
     less, more = (forecast({"documents": count}) for count in (documents, round(times * documents)))
