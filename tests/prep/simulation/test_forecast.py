@@ -32,7 +32,7 @@ def test_more_documents_never_need_less(documents: int, times: float) -> None:
         assert less.splits[split].rows <= more.splits[split].rows
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(st.integers(10**8, 10**11), st.integers(2, 100))
 def test_disk_is_linear_in_documents(documents: int, times: int) -> None:
     """From where what there is once, and the last shard's padding, weigh nothing."""
@@ -41,7 +41,7 @@ def test_disk_is_linear_in_documents(documents: int, times: int) -> None:
         assert getattr(many, place) == pytest.approx(times * getattr(one, place), rel=2e-3), place
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(st.integers(10**6, 10**11), st.integers(1, 500), st.integers(2, 64))
 def test_twice_the_machines_or_cores_never_take_longer_once_they_work(
     documents: int, machines: int, cores: int
