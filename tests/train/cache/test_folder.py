@@ -143,7 +143,7 @@ def _hang(path: Path, limit: int, number: int) -> None:
 
 
 def killed_while_fetching(folder: CacheFolder, number: int) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=_hang, args=(folder.path, folder.limit, number))
+    process = multiprocessing.get_context("spawn").Process(target=_hang, args=(folder.path.parent, folder.limit, number))
     process.start()
     part = Path(f"{shard(folder, number)}.part")
     while not (part.exists() and part.stat().st_size == SIZE):
@@ -202,6 +202,16 @@ def test_the_limit_holds_and_each_file_comes_once_per_stay_for_any_wishes_of_man
     assert all(came[path] - went[path] == path.exists() for path in (shard(folder, number) for number in range(9)))
     assert all(shard(folder, number).read_bytes() == b"x" * SIZE for number in held(folder))
     order.reader.close()
+
+
+def test_what_lies_beside_in_the_users_folder_is_neither_counted_nor_removed(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "one.jpg").write_bytes(b"x" * 10 * SIZE)
+    folder = CacheFolder(tmp_path, 3 * SIZE)
+    for number in range(4):
+        assert folder.fetch(shard(folder, number), SIZE, fill, -1) is Outcome.THERE
+    assert (tmp_path / "photos" / "one.jpg").stat().st_size == 10 * SIZE
+    assert len(held(folder)) == 3
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

@@ -1,5 +1,7 @@
 """A folder of fetched files with a limit that is never exceeded, shared by the processes of a machine.
 
+It lies in the folder that the user names, which may hold other files: those are neither counted nor removed.
+
     lock                  held while it is decided what comes in and what goes
     readers/              who reads, and where they stand (readers.py)
     DATASET/NAME          a file of a dataset, whole and checked
@@ -22,6 +24,8 @@ from llmt_shared.errors import ConfigError
 from llmt_train.cache.distance import NEVER, distances
 from llmt_train.cache.readers import Reader, living
 
+NAME = "llmt-chunks"
+"""Of the folder in the user's."""
 PART = ".part"
 _READERS = "readers"
 
@@ -48,15 +52,15 @@ class CacheFolder:
         """Make the folder where there is none.
 
         Args:
-            path: of the folder.
+            path: of the user's folder.
             limit: bytes of all files in it.
 
         Raises:
             ConfigError: it cannot be made or written.
         """
-        self.path, self.limit = path, limit
+        self.path, self.limit = path / NAME, limit
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
             os.close(self._open_lock())
         except OSError as error:
             raise ConfigError(f"cache.path: {path}: {error.strerror}; wanted a folder to write to") from None
