@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from llmt_shared.errors import ConfigError
 from llmt_train.cache.distance import Following
 from llmt_train.cache.folder import CacheFolder, Outcome
+from llmt_train.reference import overlay_path
 
 SIZE = 1000
 
@@ -211,6 +212,17 @@ def test_what_lies_beside_in_the_users_folder_is_neither_counted_nor_removed(tmp
     for number in range(4):
         assert folder.fetch(shard(folder, number), SIZE, fill, -1) is Outcome.THERE
     assert (tmp_path / "photos" / "one.jpg").stat().st_size == 10 * SIZE
+    assert len(held(folder)) == 3
+
+
+def test_what_was_computed_from_a_dataset_and_lies_beside_it_stays(folder):
+    """`llmt-train ref` writes there."""
+    result = overlay_path(folder.path / "data", "0123456789abcdef") / "train.npy"
+    result.parent.mkdir(parents=True)
+    result.write_bytes(b"x" * 10 * SIZE)
+    for number in range(4):
+        assert folder.fetch(shard(folder, number), SIZE, fill, -1) is Outcome.THERE
+    assert result.exists()
     assert len(held(folder)) == 3
 
 

@@ -6,6 +6,7 @@ It lies in the folder that the user names, which may hold other files: those are
     readers/              who reads, and where they stand (readers.py)
     DATASET/NAME          a file of a dataset, whole and checked
     DATASET/NAME.part     the room of one that is being fetched; who fetches it holds its lock
+    DATASET.reference/    what `llmt-train ref` computed: no copy of anything, so it stays, and is not counted
 
 A file that is read is locked by its readers, so it cannot go; the kernel drops the locks of a process that ends. What a
 killed process was fetching is fetched by the next that wants it, or removed when room is needed.
@@ -189,7 +190,7 @@ class CacheFolder:
     def _files(self) -> Iterator[Path]:
         """All files of datasets, and parts of them."""
         for folder in self.path.iterdir():
-            if folder.is_dir() and folder.name != _READERS:
+            if folder.is_dir() and folder.name != _READERS and not folder.suffix:
                 for parent, _, names in os.walk(folder):
                     yield from (Path(parent) / name for name in names)
 
