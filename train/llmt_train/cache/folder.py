@@ -94,7 +94,7 @@ class CacheFolder:
 
         Raises:
             Exception: what ``write`` raises; then the file is not there.
-            OSError: the disk is full.
+            ConfigError: the disk is full.
         """
         part = path.with_name(path.name + PART)
         with self.deciding():
@@ -110,8 +110,7 @@ class CacheFolder:
                 if not self.make_room(size - os.fstat(descriptor).st_size, distance, sparing=part):
                     part.unlink()
                     return _left(descriptor, Outcome.FULL)
-                with durable.naming(path):
-                    os.posix_fallocate(descriptor, 0, size)
+                self._reserve(descriptor, size)
             except BaseException:
                 part.unlink(missing_ok=True)
                 os.close(descriptor)
@@ -170,6 +169,20 @@ class CacheFolder:
             os.close(descriptor)
         return missing <= 0
 
+    def _reserve(self, descriptor: int, size: int) -> None:
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(descriptor, 0, size)
+            else:  # macOS: the size counts, though the disk may be full before it is written
+                os.truncate(descriptor, size)
+        except OSError as error:
+            if not durable.is_full_disk(error):
+                raise
+            raise ConfigError(
+                f"cache.size: {self.limit} bytes, but the disk is full: {self.path}: {error.strerror}; make room on "
+                f"it, set a smaller cache.size, or another cache.path"
+            ) from None
+
     def _residents(self) -> Iterator[_Resident]:
         """All files that may go."""
         readers = list(living(self.path / _READERS))
@@ -207,13 +220,16 @@ def _own(part: Path) -> int | None:
     except BlockingIOError:
         os.close(descriptor)
         return None
+    if not os.fstat(descriptor).st_nlink:  # whoever had it has failed, and removed it between the two
+        os.close(descriptor)
+        return None
     return descriptor
 
 
 def _lock_unread(path: Path) -> int | None:
     """A locked descriptor of a file that nobody reads or writes."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDWR)  # what is open for reading alone cannot be locked so on NFS
     except FileNotFoundError:
         return None
     try:
