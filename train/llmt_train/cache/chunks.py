@@ -95,9 +95,10 @@ class CachedChunks:
         return descriptor
 
     def hint(self, path: Path) -> None:
-        """Have a file fetched in the background, if it is not there."""
-        if not path.exists():
-            self._hints.append(self._name(path))
+        """Have a file fetched in the background, if it is not there and the order does not say when its turn comes."""
+        name = self._name(path)
+        if (self._run is None or not is_read_by_training(name)) and not path.exists():
+            self._hints.append(name)
 
     @contextmanager
     def follow(self, split: Path, order: RowOrder | None) -> Iterator[Callable[[int], None]]:
