@@ -1,18 +1,24 @@
 """A dataset below a URL opened for training: what is fetched, how often, and what happens when a store fails."""
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import object_store
 import pytest
 from train.tiny_dataset import write_dataset
 
 from llmt_shared.dataset import Dataset, open_dataset
+from llmt_shared.errors import ConfigError
 from llmt_shared.objects import ObjectPath
 from llmt_train.cache import chunks
+from llmt_train.cache.distance import Following
+from llmt_train.cache.folder import CacheFolder, Outcome
 from llmt_train.cache.open import open_cached
+from llmt_train.cache.readers import Reader
 from llmt_train.config import BatchConfig, CacheConfig, TrainConfig
 from llmt_train.data.stream import plan_run, train_batches
 
@@ -75,3 +81,61 @@ def test_with_room_for_one_to_two_blocks_each_shard_comes_once_in_an_epoch(
     size = everything_but_tokens(data) + int(blocks * BLOCK * shard)
     take_all(open_cached(url, CacheConfig(path=tmp_path, size=size), BLOCK), seconds=0.02)
     assert set(Counter(server.fetched("/train/tokens/c/")).values()) == {1}
+
+
+def fill(file: BinaryIO) -> None:
+    file.write(b"x" * 1000)
+
+
+def in_all(folder: CacheFolder) -> int:
+    return sum(path.stat().st_size for path in folder._files())
+
+
+def test_opening_keeps_the_limit_though_all_that_is_there_is_needed_now(url, tmp_path):
+    folder = CacheFolder(tmp_path, 3_000_000)
+    reader = folder.join("other")
+    reader.tell(Following(0, 3000, 3000, 1, 3000, 0))
+    for number in range(3000):
+        folder.path.joinpath("other", "train", "tokens", "c", str(number)).mkdir(parents=True)
+        folder.path.joinpath("other", "train", "tokens", "c", str(number), "0").write_bytes(bytes(1000))
+    open_cached(url, CacheConfig(path=tmp_path, size=folder.limit), BLOCK)
+    assert in_all(folder) <= folder.limit
+    reader.close()
+
+
+def test_what_was_copied_when_a_dataset_is_opened_stays_until_it_is_open(data, url, tmp_path, monkeypatch):
+    """Others may need the room at any moment."""
+    join = CacheFolder.join
+
+    def join_late(folder: CacheFolder, dataset: str) -> Reader:
+        with folder.deciding():
+            assert folder.make_room(folder.limit, -1)
+        return join(folder, dataset)
+
+    monkeypatch.setattr(CacheFolder, "join", join_late)
+    dataset = open_cached(url, CacheConfig(path=tmp_path, size=10 * size_of(data, "")), BLOCK)
+    assert dataset.train.tokens([0]).shape == (1, LENGTH)
+
+
+def test_opening_from_a_slow_store_keeps_no_other_run_waiting(url, server, tmp_path):
+    server.faults = object_store.Faults(stalled=1, stall=3, only="tokenizer.json")
+    opening = threading.Thread(target=open_cached, args=(url, CacheConfig(path=tmp_path), BLOCK))
+    opening.start()
+    while not server.met["stalled"]:
+        time.sleep(0.01)
+    folder, started = CacheFolder(tmp_path, 10**9), time.monotonic()
+    assert folder.fetch(folder.path / "other" / "file", 1000, fill, -1) is Outcome.THERE
+    assert time.monotonic() - started < 1.5
+    opening.join()
+
+
+def test_the_manifest_is_read_once_so_that_no_two_datasets_mix(url, server, tmp_path):
+    open_cached(url, CacheConfig(path=tmp_path), BLOCK)
+    assert len(server.fetched("MANIFEST.json")) == 1
+
+
+def test_a_validation_file_without_room_is_refused_before_the_first_step(server, tmp_path):
+    folder = write_dataset(tmp_path / "data", num_rows=100, length=256, rows_per_shard=2, validation_rows=500)
+    url = object_store.upload(server, folder, "large-validation")
+    with pytest.raises(ConfigError, match=r"cache.size: 200000 bytes cannot hold .*validation/tokens/c/0/0 .*at least"):
+        open_cached(url, CacheConfig(path=tmp_path / "cache", size=200_000), 2)

@@ -8,6 +8,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,8 @@ from llmt_train.cache.folder import CacheFolder, Outcome
 from llmt_train.cache.waits import Waits
 
 _THREADS = 2
+_AT_ONCE = 8
+"""Small files."""
 _AHEAD = 3
 """Blocks, this one counted, that are fetched as far as there is room."""
 _PAUSE = 0.5
@@ -51,11 +54,14 @@ class CachedChunks:
 
         Args:
             folder: the cache.
-            mirror: of the dataset, in a folder of the cache.
+            mirror: of the dataset, in a folder of the cache; its files need not be there yet.
         """
         assert isinstance(mirror.location, ObjectPath), "what lies on a disk is read there"
         self._folder, self._root, self._location = folder, mirror.folder, mirror.location
-        self._entries: dict[str, FileEntry] = {each.path: each for each in mirror.manifest.files if is_chunk(each)}
+        self._entries: dict[str, FileEntry] = {each.path: each for each in mirror.manifest.files}
+        self._training = [
+            each.path for each in mirror.manifest.files if is_chunk(each) and is_read_by_training(each.path)
+        ]
         self._reader = folder.join(mirror.folder.name)
         self._waits = Waits(mirror.location)
         self._run: Following | None = None
@@ -76,22 +82,30 @@ class CachedChunks:
         """Return the chunks of one array; they are fetched when they are not there."""
         return _Cached(self, array, layout)
 
+    def copy_small_files(self) -> None:
+        """Fetch all files that are no chunks; they stay as long as this lives."""
+        names = [name for name, entry in self._entries.items() if not is_chunk(entry)]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            list(pool.map(lambda name: os.close(self._get(self._root / name)), names))
+
     def hold(self, path: Path) -> int:
         """Return a descriptor of a file of the cache, which is fetched if it is not there, and stays until then."""
         if (descriptor := self._folder.hold(path)) is not None:
             return descriptor
-        name = self._name(path)
         with self._waits.waiting():
-            deadline = time.monotonic() + objects.PATIENCE
-            while (descriptor := self._folder.hold(path)) is None:
-                if (error := self._failed.pop(name, None)) is not None:
-                    raise error
-                outcome = self._fetch(name, _NOW)
-                if outcome is Outcome.BUSY:
-                    self._folder.wait_for(path)
-                elif outcome is Outcome.FULL:
-                    self._refuse_for_ever(name, deadline)
-                    time.sleep(0.05)
+            return self._get(path)
+
+    def _get(self, path: Path) -> int:
+        name, deadline = self._name(path), time.monotonic() + objects.PATIENCE
+        while (descriptor := self._folder.hold(path)) is None:
+            if (error := self._failed.pop(name, None)) is not None:
+                raise error
+            outcome = self._fetch(name, _NOW)
+            if outcome is Outcome.BUSY:
+                self._folder.wait_for(path)
+            elif outcome is Outcome.FULL:
+                self._refuse_for_ever(name, deadline)
+                time.sleep(0.05)
         return descriptor
 
     def hint(self, path: Path) -> None:
@@ -163,10 +177,12 @@ class CachedChunks:
 
     def _ranked(self, run: Following) -> list[tuple[float, str]]:
         horizon = _AHEAD * run.rows_per_shard * run.shuffle_shards
-        names = [name for name in self._entries if is_read_by_training(name)]
+        names = self._training
         far = distances(names, self._root, run)
         # of what is needed at the same time first the small: a row needs all of its arrays
-        ranked = sorted((far[name], name.startswith("train/tokens/"), name) for name in names if far[name] < horizon)
+        ranked = sorted(
+            (far[name], name.startswith("train/tokens/"), name) for name in self._training if far[name] < horizon
+        )
         return [(distance, name) for distance, _, name in ranked]
 
     def _work(self) -> None:
