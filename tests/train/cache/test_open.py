@@ -1,5 +1,7 @@
 """A dataset below a URL opened for training: what is fetched, how often, and what happens when a store fails."""
 
+import errno
+import os
 import threading
 import time
 from collections import Counter
@@ -12,8 +14,9 @@ import pytest
 from train.tiny_dataset import write_dataset
 
 from llmt_shared.dataset import Dataset, open_dataset
-from llmt_shared.errors import ConfigError
+from llmt_shared.errors import ConfigError, FormatError, StoreError
 from llmt_shared.objects import ObjectPath
+from llmt_shared.order import Blocks, block_at
 from llmt_train.cache import chunks
 from llmt_train.cache.distance import Following
 from llmt_train.cache.folder import CacheFolder, Outcome
@@ -24,6 +27,8 @@ from llmt_train.data.stream import plan_run, train_batches
 
 BLOCK = 4
 LENGTH = 512
+LAST = block_at(0, 0, 1999, 2000, Blocks(100, BLOCK)).shards[-1]
+"""A shard of the last block."""
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +144,69 @@ def test_a_validation_file_without_room_is_refused_before_the_first_step(server,
     url = object_store.upload(server, folder, "large-validation")
     with pytest.raises(ConfigError, match=r"cache.size: 200000 bytes cannot hold .*validation/tokens/c/0/0 .*at least"):
         open_cached(url, CacheConfig(path=tmp_path / "cache", size=200_000), 2)
+
+
+@pytest.fixture
+def uncaught(monkeypatch: pytest.MonkeyPatch) -> list[BaseException | None]:
+    """What ends a thread with a traceback."""
+    found: list[BaseException | None] = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: found.append(args.exc_value))
+    return found
+
+
+def test_a_store_that_begins_to_refuse_ends_the_run_with_one_message(
+    url, server, tmp_path, uncaught, capsys, monkeypatch
+):
+    monkeypatch.setattr(chunks, "_PAUSE", 0.005)
+    dataset = open_cached(url, CacheConfig(path=tmp_path), BLOCK)
+    server.faults = object_store.Faults(refused=1, only=f"/train/tokens/c/{LAST}/0")
+    with pytest.raises(ConfigError, match=rf"tokens/c/{LAST}/0: the store refuses access"):
+        take_all(dataset, seconds=0.005)
+    assert uncaught == []
+    assert capsys.readouterr().err == ""
+
+
+def test_a_disk_that_is_full_for_threads_alone_ends_nothing(url, tmp_path, uncaught, monkeypatch):
+    dataset = open_cached(url, CacheConfig(path=tmp_path), BLOCK)
+    reserve = os.posix_fallocate
+
+    def fail(*where: int) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        reserve(*where)
+
+    monkeypatch.setattr(os, "posix_fallocate", fail)
+    assert take_all(dataset, seconds=0.002) == 250
+    assert uncaught == []
+
+
+def test_a_shard_that_was_removed_from_the_store_is_named(data, server, tmp_path, uncaught):
+    url = object_store.upload(server, data, "removed")
+    dataset = open_cached(url, CacheConfig(path=tmp_path), BLOCK)
+    for number in range(20):
+        (url / f"train/tokens/c/{number}/0").unlink()
+    with pytest.raises(FormatError, match=r"removed/train/tokens/c/\d+/0: is not there any more; .*pack it again"):
+        take_all(dataset)
+    assert uncaught == []
+
+
+def test_a_shard_that_was_replaced_by_a_shorter_one_is_named_and_the_log_is_not_filled(
+    data, server, tmp_path, uncaught, capsys, monkeypatch
+):
+    monkeypatch.setattr(chunks, "_PAUSE", 0.005)
+    url = object_store.upload(server, data, "replaced")
+    dataset = open_cached(url, CacheConfig(path=tmp_path), BLOCK)
+    (url / f"train/tokens/c/{LAST}/0").write_bytes(b"short")
+    with pytest.raises(StoreError, match=rf"replaced/train/tokens/c/{LAST}/0: has 5 bytes"):
+        take_all(dataset, seconds=0.005)
+    assert uncaught == []
+    assert len(capsys.readouterr().err.splitlines()) <= 1
+
+
+def test_a_cache_that_is_removed_under_a_run_is_named(data, url, tmp_path, uncaught, monkeypatch):
+    monkeypatch.setattr(chunks, "_PAUSE", 0.005)
+    dataset = open_cached(url, CacheConfig(path=tmp_path / "cache", size=everything_but_tokens(data) + 500_000), BLOCK)
+    threading.Timer(0.5, os.rename, [tmp_path / "cache", tmp_path / "moved"]).start()
+    with pytest.raises(FileNotFoundError, match=r"cache/llmt-chunks"):
+        take_all(dataset, seconds=0.02)
+    assert uncaught == []

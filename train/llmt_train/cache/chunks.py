@@ -19,12 +19,11 @@ from numpy.typing import NDArray
 
 from llmt_shared import objects
 from llmt_shared.chunks import ArrayChunks, Layout
-from llmt_shared.errors import ConfigError, FormatError, LlmtError, StoreError
+from llmt_shared.errors import ConfigError, FormatError, LlmtError
 from llmt_shared.manifest import FileEntry
 from llmt_shared.mirror import Mirror, fetch, is_chunk
 from llmt_shared.objects import ObjectPath
 from llmt_shared.order import RowOrder, block_at
-from llmt_shared.progress import say
 from llmt_train.cache.distance import Following, distances, shard_distances
 from llmt_train.cache.folder import CacheFolder, Outcome
 from llmt_train.cache.waits import Waits
@@ -72,7 +71,8 @@ class CachedChunks:
         self._coming: list[tuple[float, str]] = []
         """Distance and name of what the run needs next, at the last look."""
         self._hints: deque[str] = deque(maxlen=64)
-        self._failed: dict[str, LlmtError] = {}
+        self._failed: dict[str, LlmtError | OSError] = {}
+        """Files that a thread could not fetch, and why; they are not tried again before their turn."""
         self._wake = threading.Condition()
         self._followers: list[None] = []
         """One for each that takes rows now; the threads end with the last."""
@@ -97,6 +97,8 @@ class CachedChunks:
 
     def _get(self, path: Path) -> int:
         name, deadline = self._name(path), time.monotonic() + objects.PATIENCE
+        if not isinstance(self._failed.get(name), FormatError):
+            self._failed.pop(name, None)  # what failed then may not fail now
         while (descriptor := self._folder.hold(path)) is None:
             if (error := self._failed.pop(name, None)) is not None:
                 raise error
@@ -212,10 +214,8 @@ class CachedChunks:
             return None
         try:
             return self._fetch(name, distance)
-        except FormatError as error:  # told when the file's turn comes
+        except (LlmtError, OSError) as error:  # told when the file's turn comes
             self._failed[name] = error
-        except StoreError as error:
-            say(str(error))
         return None
 
     def _name(self, path: Path) -> str:
