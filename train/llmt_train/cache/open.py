@@ -7,6 +7,7 @@ from llmt_shared.mirror import Mirror, is_chunk
 from llmt_shared.objects import ObjectPath
 from llmt_shared.progress import say
 from llmt_train.cache.chunks import CachedChunks, is_read_by_training
+from llmt_train.cache.distance import drift
 from llmt_train.cache.folder import CacheFolder
 from llmt_train.config import CacheConfig
 
@@ -72,7 +73,9 @@ def _block_bytes(manifest: Manifest, shuffle_shards: int) -> int:
     for entry in manifest.files:
         if is_chunk(entry) and is_read_by_training(entry.path):
             by_array.setdefault(entry.path.split("/")[1], []).append(entry)
+    num_rows = manifest.splits["train"].rows
+    around = 1 + 2 * drift(num_rows, max(1, num_rows // max(1, len(by_array.get("tokens", [])))))
     return _small_bytes(manifest) + sum(
-        files[0].bytes * min(len(files), shuffle_shards * (1 if array == "tokens" else 3))
+        files[0].bytes * min(len(files), shuffle_shards * (1 if array == "tokens" else around))
         for array, files in by_array.items()
     )
