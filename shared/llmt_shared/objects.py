@@ -11,6 +11,7 @@ import errno
 import io
 import os
 import re
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -34,6 +35,8 @@ PIECE = 16 << 20
 PART = 16 << 20
 """Bytes of one request of an upload; S3 takes no less than 5 MiB."""
 
+_given_up = threading.Event()
+"""Of the requests that begin now."""
 _SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss", "http", "https")
 _AT_ONCE = 4
 """Pieces of one object on their way."""
@@ -150,6 +153,9 @@ class ObjectPath:
                     if not waiting:
                         return
                     yield waiting.popleft().result()
+            except KeyboardInterrupt:
+                give_up()
+                raise
             finally:
                 for future in waiting:
                     future.cancel()
@@ -229,6 +235,13 @@ def named_location(text: str) -> Location:
         raise ConfigError(str(error)) from None
 
 
+def give_up() -> None:
+    """Have the requests of this process that are under way not tried again: a process ends when their threads do."""
+    global _given_up
+    before, _given_up = _given_up, threading.Event()
+    before.set()
+
+
 def store_below(path: ObjectPath) -> Any:
     """Return obstore's own store of all objects below a path, for libraries that read through one."""
     _library()
@@ -288,7 +301,7 @@ class _Reader(io.RawIOBase):
 
 def _patient(path: ObjectPath, ask: Callable[[Any, Any], T]) -> T:
     """Return ``ask(library, store)``; what may pass is tried again, and what remains is told."""
-    library, store = _library(), _opened(path)
+    library, store, given_up = _library(), _opened(path), _given_up
     pause, most = _PAUSES
     failed_at: float | None = None
     is_told = False
@@ -307,7 +320,8 @@ def _patient(path: ObjectPath, ask: Callable[[Any, Any], T]) -> T:
             if now - failed_at > _QUIET and not is_told:
                 is_told = True
                 say(f"{path}: {_reason(error)}; trying again, for up to {PATIENCE:.0f} s")
-        time.sleep(pause)
+            if given_up.wait(pause):
+                raise StoreError(f"{path}: given up, for nobody waits for it any more: {_reason(error)}") from None
         pause = min(2 * pause, most)
 
 

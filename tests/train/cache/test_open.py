@@ -23,7 +23,7 @@ from llmt_train.cache.folder import CacheFolder, Outcome
 from llmt_train.cache.open import open_cached
 from llmt_train.cache.readers import Reader
 from llmt_train.config import BatchConfig, CacheConfig, TrainConfig
-from llmt_train.data.stream import plan_run, train_batches
+from llmt_train.data.stream import Prefetched, plan_run, train_batches
 
 BLOCK = 4
 LENGTH = 512
@@ -210,3 +210,19 @@ def test_a_cache_that_is_removed_under_a_run_is_named(data, url, tmp_path, uncau
     with pytest.raises(FileNotFoundError, match=r"cache/llmt-chunks"):
         take_all(dataset, seconds=0.02)
     assert uncaught == []
+
+
+def test_a_stream_ends_when_it_is_closed_though_the_store_is_away(data, url, server, tmp_path):
+    """And so does the process: it waits for the threads of requests."""
+    dataset = open_cached(url, CacheConfig(path=tmp_path, size=everything_but_tokens(data) + 500_000), BLOCK)
+    train = TrainConfig(epochs=50, shuffle_shards=BLOCK)
+    plan = plan_run(dataset.train, BatchConfig(tokens=16 * LENGTH, micro_rows=8), train)
+    batches = Prefetched(lambda: train_batches(dataset.train, plan), depth=10_000)
+    next(iter(batches))
+    server.faults = object_store.Faults(error=1)
+    time.sleep(3)
+    started = time.monotonic()
+    batches.close()
+    while any(thread.name.startswith("llmt-object") for thread in threading.enumerate()):
+        assert time.monotonic() < started + 20
+        time.sleep(0.1)
