@@ -208,7 +208,7 @@ def location_of(text: str | Path) -> Location:
     """Return a path, or the path of an object where the text is a URL; ``file://`` is a path.
 
     Raises:
-        ValueError: a URL of no store that we know, or without a bucket or host.
+        ValueError: a URL of no store that we know, without a bucket or host, or with a password, which would be told.
     """
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", str(text), re.DOTALL) if isinstance(text, str) else None
     if match is None:
@@ -218,6 +218,8 @@ def location_of(text: str | Path) -> Location:
         return Path(rest if rest.startswith("/") else f"/{rest.partition('/')[2]}")
     if scheme not in _SCHEMES:
         raise ValueError(f"found {text!r}; wanted a path, or a URL that begins with one of {_known()}")
+    if re.match(r"[^/]*:[^/]*@", rest):
+        raise ValueError(f"wanted no password in a URL; {_CREDENTIALS}")
     if not rest.partition("/")[0]:
         raise ValueError(f"found {text!r}; wanted {scheme}://BUCKET/KEY")
     return ObjectPath(f"{scheme}://{rest.rstrip('/')}")
