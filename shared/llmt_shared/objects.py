@@ -22,6 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
+from llmt_shared.credentials import aws_profile
 from llmt_shared.errors import ConfigError, StoreError
 from llmt_shared.progress import say
 
@@ -393,20 +394,5 @@ def _store(url: str) -> Any:
 
     options: Any = {"timeout": "60s", "connect_timeout": "10s"} | ({} if is_encrypted(url) else {"allow_http": True})
     retries: Any = {"max_retries": 4, "retry_timeout": timedelta(seconds=60)}
-    provider = _profile() if url.startswith("s3") else None
+    provider = aws_profile() if url.startswith("s3") else None
     return from_url(url, client_options=options, retry_config=retries, credential_provider=provider)
-
-
-def _profile() -> Any:
-    """What reads credentials from the files of the aws command line, where nothing else is said and there are any."""
-    is_said = any(os.environ.get(f"AWS_{name}") for name in ("ACCESS_KEY_ID", "SKIP_SIGNATURE", "ROLE_ARN"))
-    if is_said or not (os.environ.get("AWS_PROFILE") or Path("~/.aws/credentials").expanduser().exists()):
-        return None
-    try:
-        from obstore.auth.boto3 import Boto3CredentialProvider
-    except ImportError:
-        raise ConfigError(
-            "the credentials in ~/.aws are read through the package boto3, which is not installed; "
-            "pip install boto3, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        ) from None
-    return Boto3CredentialProvider()
