@@ -1,6 +1,7 @@
 """A dataset below a URL opened for training: what is fetched, how often, and what happens when a store fails."""
 
 import errno
+import hashlib
 import os
 import threading
 import time
@@ -15,6 +16,7 @@ from train.tiny_dataset import write_dataset
 
 from llmt_shared.dataset import Dataset, open_dataset
 from llmt_shared.errors import ConfigError, FormatError, StoreError
+from llmt_shared.manifest import FileEntry, read_manifest
 from llmt_shared.objects import ObjectPath
 from llmt_shared.order import Blocks, block_at
 from llmt_train.cache import chunks
@@ -226,3 +228,14 @@ def test_a_stream_ends_when_it_is_closed_though_the_store_is_away(data, url, ser
     while any(thread.name.startswith("llmt-object") for thread in threading.enumerate()):
         assert time.monotonic() < started + 20
         time.sleep(0.1)
+
+
+@pytest.mark.parametrize("name", ["train/tokens/c/9999/0", "train/more/c/0"])
+def test_a_chunk_that_the_manifest_lists_and_no_array_has_is_left_where_it_is(data, server, tmp_path, name):
+    manifest, _ = read_manifest(data)
+    more = FileEntry(path=name, bytes=1, sha256=hashlib.sha256(b"x").hexdigest())
+    url = object_store.upload(server, data, name.replace("/", "-"))
+    (url / name).write_bytes(b"x")
+    content = manifest.model_copy(update={"files": (*manifest.files, more)}).model_dump_json()
+    (url / "MANIFEST.json").write_bytes(content.encode())
+    assert take_all(open_cached(url, CacheConfig(path=tmp_path), BLOCK)) == 250

@@ -58,9 +58,8 @@ class CachedChunks:
         assert isinstance(mirror.location, ObjectPath), "what lies on a disk is read there"
         self._folder, self._root, self._location = folder, mirror.folder, mirror.location
         self._entries: dict[str, FileEntry] = {each.path: each for each in mirror.manifest.files}
-        self._training = [
-            each.path for each in mirror.manifest.files if is_chunk(each) and is_read_by_training(each.path)
-        ]
+        chunks = [name for name, entry in self._entries.items() if is_chunk(entry) and is_read_by_training(name)]
+        self._training = [name for name in chunks if f"{name.partition('/c/')[0]}/zarr.json" in self._entries]
         self._reader = folder.join(mirror.folder.name)
         self._waits = Waits(mirror.location)
         self._run: Following | None = None
@@ -182,9 +181,7 @@ class CachedChunks:
         names = self._training
         far = distances(names, self._root, run)
         # of what is needed at the same time first the small: a row needs all of its arrays
-        ranked = sorted(
-            (far[name], name.startswith("train/tokens/"), name) for name in self._training if far[name] < horizon
-        )
+        ranked = sorted((far[name], name.startswith("train/tokens/"), name) for name in names if far[name] < horizon)
         return [(distance, name) for distance, _, name in ranked]
 
     def _work(self) -> None:

@@ -80,7 +80,7 @@ def _distance(name: str, dataset: Path, run: Following, of_shard: NDArray[np.flo
     if split != "train":
         return float(run.rows_per_shard * run.shuffle_shards)  # for the next evaluation, whenever that is
     if array == "tokens":
-        return float(of_shard[chunk])
+        return float(of_shard[chunk]) if chunk < len(of_shard) else NEVER
     total, per_chunk = _lengths(dataset / split / array)
     ends = np.minimum([chunk * per_chunk, (chunk + 1) * per_chunk], total) * (run.num_rows / max(1, total))
     low, high = (ends // run.rows_per_shard).astype(int).tolist()
