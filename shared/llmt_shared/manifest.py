@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
+from annotated_types import Ge
 from pydantic import AfterValidator, ValidationError
 
 from llmt_shared.config import StrictModel
@@ -23,7 +24,7 @@ NOTE = "PACKING.json"
 
 def _inside(path: str) -> str:
     parts = PurePosixPath(path).parts
-    if not parts or path.startswith("/") or ".." in parts or "\\" in path:
+    if not parts or path.startswith("/") or ".." in parts or "\\" in path or "\0" in path:
         raise ValueError(f"path {path!r} leaves the dataset's directory")
     return path
 
@@ -39,7 +40,7 @@ class FileEntry(StrictModel):
 
     path: Annotated[str, AfterValidator(_inside)]
     """POSIX path relative to the dataset's directory, never outside it."""
-    bytes: int
+    bytes: Annotated[int, Ge(0)]
     sha256: str
 
 

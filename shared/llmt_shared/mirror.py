@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -70,7 +70,7 @@ def fetch(location: ObjectPath, entry: FileEntry, file: BinaryIO) -> None:
     for _ in range(_TRIES):
         state = hashlib.sha256()
         file.seek(0)
-        for piece in (location / entry.path).pieces(entry.bytes):
+        for piece in _pieces(location, entry):
             state.update(piece)
             file.write(piece)
         if state.hexdigest() == entry.sha256:
@@ -119,6 +119,16 @@ class _Ranged(NamedTuple):
 
     def will_need(self, chunk: int, places: Sequence[int]) -> None:
         """Do nothing."""
+
+
+def _pieces(location: ObjectPath, entry: FileEntry) -> Iterator[bytes]:
+    try:
+        yield from (location / entry.path).pieces(entry.bytes)
+    except FileNotFoundError:
+        raise FormatError(
+            f"{location / entry.path}: is not there any more; the manifest lists it with {entry.bytes} bytes. Copy the "
+            f"dataset there again or pack it again"
+        ) from None
 
 
 def _copy(location: ObjectPath, folder: Path, entry: FileEntry) -> None:

@@ -11,6 +11,7 @@ import errno
 import io
 import os
 import re
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
+from llmt_shared.credentials import aws_profile
 from llmt_shared.errors import ConfigError, StoreError
 from llmt_shared.progress import say
 
@@ -34,6 +36,8 @@ PIECE = 16 << 20
 PART = 16 << 20
 """Bytes of one request of an upload; S3 takes no less than 5 MiB."""
 
+_given_up = threading.Event()
+"""Of the requests that begin now."""
 _SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss", "http", "https")
 _AT_ONCE = 4
 """Pieces of one object on their way."""
@@ -150,6 +154,9 @@ class ObjectPath:
                     if not waiting:
                         return
                     yield waiting.popleft().result()
+            except KeyboardInterrupt:
+                give_up()
+                raise
             finally:
                 for future in waiting:
                     future.cancel()
@@ -202,7 +209,7 @@ def location_of(text: str | Path) -> Location:
     """Return a path, or the path of an object where the text is a URL; ``file://`` is a path.
 
     Raises:
-        ValueError: a URL of no store that we know, or without a bucket or host.
+        ValueError: a URL of no store that we know, without a bucket or host, or with a password, which would be told.
     """
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", str(text), re.DOTALL) if isinstance(text, str) else None
     if match is None:
@@ -212,6 +219,8 @@ def location_of(text: str | Path) -> Location:
         return Path(rest if rest.startswith("/") else f"/{rest.partition('/')[2]}")
     if scheme not in _SCHEMES:
         raise ValueError(f"found {text!r}; wanted a path, or a URL that begins with one of {_known()}")
+    if re.match(r"[^/]*:[^/]*@", rest):
+        raise ValueError(f"wanted no password in a URL; {_CREDENTIALS}")
     if not rest.partition("/")[0]:
         raise ValueError(f"found {text!r}; wanted {scheme}://BUCKET/KEY")
     return ObjectPath(f"{scheme}://{rest.rstrip('/')}")
@@ -227,6 +236,13 @@ def named_location(text: str) -> Location:
         return location_of(text)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def give_up() -> None:
+    """Have the requests of this process that are under way not tried again: a process ends when their threads do."""
+    global _given_up
+    before, _given_up = _given_up, threading.Event()
+    before.set()
 
 
 def store_below(path: ObjectPath) -> Any:
@@ -288,7 +304,7 @@ class _Reader(io.RawIOBase):
 
 def _patient(path: ObjectPath, ask: Callable[[Any, Any], T]) -> T:
     """Return ``ask(library, store)``; what may pass is tried again, and what remains is told."""
-    library, store = _library(), _opened(path)
+    library, store, given_up = _library(), _opened(path), _given_up
     pause, most = _PAUSES
     failed_at: float | None = None
     is_told = False
@@ -307,7 +323,8 @@ def _patient(path: ObjectPath, ask: Callable[[Any, Any], T]) -> T:
             if now - failed_at > _QUIET and not is_told:
                 is_told = True
                 say(f"{path}: {_reason(error)}; trying again, for up to {PATIENCE:.0f} s")
-        time.sleep(pause)
+            if given_up.wait(pause):
+                raise StoreError(f"{path}: given up, for nobody waits for it any more: {_reason(error)}") from None
         pause = min(2 * pause, most)
 
 
@@ -377,20 +394,5 @@ def _store(url: str) -> Any:
 
     options: Any = {"timeout": "60s", "connect_timeout": "10s"} | ({} if is_encrypted(url) else {"allow_http": True})
     retries: Any = {"max_retries": 4, "retry_timeout": timedelta(seconds=60)}
-    provider = _profile() if url.startswith("s3") else None
+    provider = aws_profile() if url.startswith("s3") else None
     return from_url(url, client_options=options, retry_config=retries, credential_provider=provider)
-
-
-def _profile() -> Any:
-    """What reads credentials from the files of the aws command line, where nothing else is said and there are any."""
-    is_said = any(os.environ.get(f"AWS_{name}") for name in ("ACCESS_KEY_ID", "SKIP_SIGNATURE", "ROLE_ARN"))
-    if is_said or not (os.environ.get("AWS_PROFILE") or Path("~/.aws/credentials").expanduser().exists()):
-        return None
-    try:
-        from obstore.auth.boto3 import Boto3CredentialProvider
-    except ImportError:
-        raise ConfigError(
-            "the credentials in ~/.aws are read through the package boto3, which is not installed; "
-            "pip install boto3, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        ) from None
-    return Boto3CredentialProvider()

@@ -62,7 +62,12 @@ def test_a_file_where_a_folder_was_is_missing(whole):
     assert len(wrong_files(whole, read_manifest(whole)[0])) == 1
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", "../x", "train/../../x", "..", "a\\..\\x", "", "."])
+def test_a_size_below_zero_is_refused():
+    with pytest.raises(ValidationError, match="greater than or equal to 0"):
+        FileEntry(path="a", bytes=-1, sha256="0" * 64)
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../x", "train/../../x", "..", "a\\..\\x", "", ".", "a\0b"])
 def test_a_path_that_leaves_the_directory_is_refused(path):
     with pytest.raises(ValidationError, match="leaves the dataset's directory"):
         FileEntry(path=path, bytes=1, sha256="0")

@@ -126,6 +126,20 @@ def test_a_url_is_an_object(text, wanted):
     assert location_of(text) == ObjectPath(wanted)
 
 
+@pytest.mark.parametrize("text", ["https://me:secret@host/x", "s3://AKIA:secret@bucket/k"])
+def test_a_password_in_a_url_is_refused_and_not_repeated(text):
+    """A URL is part of messages and configs that are saved."""
+    with pytest.raises(ValueError, match=r"wanted no password in a URL; set .* in the environment") as error:
+        location_of(text)
+    assert "secret" not in str(error.value)
+
+
+def test_an_azure_container_before_its_account_is_no_password():
+    assert location_of("abfss://box@account.dfs.core.windows.net/x") == ObjectPath(
+        "abfss://box@account.dfs.core.windows.net/x"
+    )
+
+
 @pytest.mark.parametrize(("text", "said"), [("s5://b/k", "wanted a path, or a URL"), ("s3:///k", "wanted s3://BUCKET")])
 def test_a_url_of_no_store_is_refused(text, said):
     with pytest.raises(ValueError, match=said):

@@ -68,6 +68,25 @@ def test_every_file_that_a_row_is_read_from_is_due_by_then(dataset, seed, place)
         assert all(found[name] <= ahead for name in used)
 
 
+def test_where_many_rows_have_drifted_from_the_mean_the_files_of_their_segments_are_due_too(tmp_path):
+    """After n rows the number of segments is off by about sqrt(n) of them, which is more than a small shard's."""
+    num_rows, per_shard = 1600, 2
+    dataset = write_dataset(tmp_path / "d", num_rows=num_rows, rows_per_shard=per_shard, validation_rows=0)
+    split = open_dataset(dataset).train
+    offsets = split.arrays.open("row_offsets")[:]
+    files = len(list((dataset / "train/segment_length/c").iterdir()))
+    for shard in range(0, num_rows // per_shard, 7):
+        run = Following(0, num_rows, 10**6, per_shard, 1, 0)
+        place = next(
+            place
+            for place in range(0, num_rows, per_shard)
+            if shard in block_at(0, 0, place, num_rows, run.blocks).shards
+        )
+        used = range(offsets[shard * per_shard] // 8, (offsets[(shard + 1) * per_shard] - 1) // 8 + 1)
+        names = [f"train/segment_length/c/{number}" for number in used if number < files]
+        assert set(distances(names, dataset, run._replace(place=place)).values()) == {0}
+
+
 def test_what_is_no_chunk_is_always_needed_and_validation_before_the_next_block_but_one(dataset):
     run = Following(0, 50, 10_000, 4, 3, 0)
     found = distances(["ledger.json", "validation/tokens/c/0/0"], dataset, run)

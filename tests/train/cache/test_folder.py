@@ -1,11 +1,15 @@
 """Whatever processes do with a cache, it never holds more than its limit, and a file that is there is whole."""
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 from unittest.mock import patch
@@ -15,8 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmt_shared.errors import ConfigError
+from llmt_train.cache import readers
 from llmt_train.cache.distance import Following
 from llmt_train.cache.folder import CacheFolder, Outcome
+from llmt_train.reference import overlay_path
 
 SIZE = 1000
 
@@ -137,13 +143,70 @@ def test_what_fails_leaves_nothing(folder):
     assert in_all(folder) == 0
 
 
+def test_a_part_that_goes_while_it_is_taken_over_is_not_written_to(folder):
+    """Who fails removes its part without asking: another that has just opened it must not fill a file without name."""
+    lock = fcntl.flock
+
+    def remove_before(descriptor: int, how: int) -> None:
+        if how == fcntl.LOCK_EX | fcntl.LOCK_NB:
+            Path(f"{shard(folder, 0)}.part").unlink()
+        lock(descriptor, how)
+
+    with patch.object(fcntl, "flock", remove_before):
+        assert folder.fetch(shard(folder, 0), SIZE, fill, -1) is Outcome.BUSY
+    assert folder.fetch(shard(folder, 0), SIZE, fill, -1) is Outcome.THERE
+
+
+def _locked_as_on_nfs(descriptor: int, how: int) -> None:
+    if how & fcntl.LOCK_EX and fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+
+def test_on_nfs_which_locks_only_what_is_open_for_writing_files_go_too(folder):
+    with patch.object(fcntl, "flock", _locked_as_on_nfs):
+        for number in range(4):
+            assert folder.fetch(shard(folder, number), SIZE, fill, -1) is Outcome.THERE
+    assert len(held(folder)) == 3
+
+
+def test_two_readers_that_have_the_same_process_number_are_two(folder):
+    """As in containers that share a cache and the host's name."""
+    with patch.object(readers, "_numbers", count()):
+        first = folder.join("data")
+    with patch.object(readers, "_numbers", count()), ThreadPoolExecutor() as pool:
+        second = pool.submit(folder.join, "data")
+        try:
+            second.result(timeout=5)
+            assert len(list(readers.living(folder.path / "readers"))) == 2
+        finally:
+            first.close()
+    second.result().close()
+
+
+def test_a_full_disk_is_told_with_the_way_out(folder):
+    def fail(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with patch.object(os, "posix_fallocate", fail), pytest.raises(ConfigError, match=r"cache.size: .* disk is full"):
+        folder.fetch(shard(folder, 0), SIZE, fill, -1)
+    assert in_all(folder) == 0
+
+
+def test_without_posix_fallocate_as_on_macos_a_part_has_its_size_all_the_same(folder, monkeypatch):
+    monkeypatch.delattr(os, "posix_fallocate")
+    sizes: list[int] = []
+    folder.fetch(shard(folder, 0), SIZE, lambda file: sizes.append(os.fstat(file.fileno()).st_size), -1)
+    assert sizes == [SIZE]
+
+
 def _hang(path: Path, limit: int, number: int) -> None:
     folder = CacheFolder(path, limit)
     folder.fetch(shard(folder, number), SIZE, lambda part: time.sleep(60), -1)
 
 
 def killed_while_fetching(folder: CacheFolder, number: int) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=_hang, args=(folder.path, folder.limit, number))
+    arguments = folder.path.parent, folder.limit, number
+    process = multiprocessing.get_context("spawn").Process(target=_hang, args=arguments)
     process.start()
     part = Path(f"{shard(folder, number)}.part")
     while not (part.exists() and part.stat().st_size == SIZE):
@@ -202,6 +265,27 @@ def test_the_limit_holds_and_each_file_comes_once_per_stay_for_any_wishes_of_man
     assert all(came[path] - went[path] == path.exists() for path in (shard(folder, number) for number in range(9)))
     assert all(shard(folder, number).read_bytes() == b"x" * SIZE for number in held(folder))
     order.reader.close()
+
+
+def test_what_lies_beside_in_the_users_folder_is_neither_counted_nor_removed(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "one.jpg").write_bytes(b"x" * 10 * SIZE)
+    folder = CacheFolder(tmp_path, 3 * SIZE)
+    for number in range(4):
+        assert folder.fetch(shard(folder, number), SIZE, fill, -1) is Outcome.THERE
+    assert (tmp_path / "photos" / "one.jpg").stat().st_size == 10 * SIZE
+    assert len(held(folder)) == 3
+
+
+def test_what_was_computed_from_a_dataset_and_lies_beside_it_stays(folder):
+    """`llmt-train ref` writes there."""
+    result = overlay_path(folder.path / "data", "0123456789abcdef") / "train.npy"
+    result.parent.mkdir(parents=True)
+    result.write_bytes(b"x" * 10 * SIZE)
+    for number in range(4):
+        assert folder.fetch(shard(folder, number), SIZE, fill, -1) is Outcome.THERE
+    assert result.exists()
+    assert len(held(folder)) == 3
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

@@ -8,6 +8,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,17 +19,18 @@ from numpy.typing import NDArray
 
 from llmt_shared import objects
 from llmt_shared.chunks import ArrayChunks, Layout
-from llmt_shared.errors import ConfigError, FormatError, LlmtError, StoreError
+from llmt_shared.errors import ConfigError, FormatError, LlmtError
 from llmt_shared.manifest import FileEntry
 from llmt_shared.mirror import Mirror, fetch, is_chunk
 from llmt_shared.objects import ObjectPath
 from llmt_shared.order import RowOrder, block_at
-from llmt_shared.progress import say
 from llmt_train.cache.distance import Following, distances, shard_distances
 from llmt_train.cache.folder import CacheFolder, Outcome
 from llmt_train.cache.waits import Waits
 
 _THREADS = 2
+_AT_ONCE = 8
+"""Small files."""
 _AHEAD = 3
 """Blocks, this one counted, that are fetched as far as there is room."""
 _PAUSE = 0.5
@@ -51,11 +53,13 @@ class CachedChunks:
 
         Args:
             folder: the cache.
-            mirror: of the dataset, in a folder of the cache.
+            mirror: of the dataset, in a folder of the cache; its files need not be there yet.
         """
         assert isinstance(mirror.location, ObjectPath), "what lies on a disk is read there"
         self._folder, self._root, self._location = folder, mirror.folder, mirror.location
-        self._entries: dict[str, FileEntry] = {each.path: each for each in mirror.manifest.files if is_chunk(each)}
+        self._entries: dict[str, FileEntry] = {each.path: each for each in mirror.manifest.files}
+        chunks = [name for name, entry in self._entries.items() if is_chunk(entry) and is_read_by_training(name)]
+        self._training = [name for name in chunks if f"{name.partition('/c/')[0]}/zarr.json" in self._entries]
         self._reader = folder.join(mirror.folder.name)
         self._waits = Waits(mirror.location)
         self._run: Following | None = None
@@ -66,7 +70,8 @@ class CachedChunks:
         self._coming: list[tuple[float, str]] = []
         """Distance and name of what the run needs next, at the last look."""
         self._hints: deque[str] = deque(maxlen=64)
-        self._failed: dict[str, LlmtError] = {}
+        self._failed: dict[str, LlmtError | OSError] = {}
+        """Files that a thread could not fetch, and why; they are not tried again before their turn."""
         self._wake = threading.Condition()
         self._followers: list[None] = []
         """One for each that takes rows now; the threads end with the last."""
@@ -76,28 +81,39 @@ class CachedChunks:
         """Return the chunks of one array; they are fetched when they are not there."""
         return _Cached(self, array, layout)
 
+    def copy_small_files(self) -> None:
+        """Fetch all files that are no chunks; they stay as long as this lives."""
+        names = [name for name, entry in self._entries.items() if not is_chunk(entry)]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            list(pool.map(lambda name: os.close(self._get(self._root / name)), names))
+
     def hold(self, path: Path) -> int:
         """Return a descriptor of a file, fetched if it is not there; it stays in the cache until that is closed."""
         if (descriptor := self._folder.hold(path)) is not None:
             return descriptor
-        name = self._name(path)
         with self._waits.waiting():
-            deadline = time.monotonic() + objects.PATIENCE
-            while (descriptor := self._folder.hold(path)) is None:
-                if (error := self._failed.pop(name, None)) is not None:
-                    raise error
-                outcome = self._fetch(name, _NOW)
-                if outcome is Outcome.BUSY:
-                    self._folder.wait_for(path)
-                elif outcome is Outcome.FULL:
-                    self._refuse_for_ever(name, deadline)
-                    time.sleep(0.05)
+            return self._get(path)
+
+    def _get(self, path: Path) -> int:
+        name, deadline = self._name(path), time.monotonic() + objects.PATIENCE
+        if not isinstance(self._failed.get(name), FormatError):
+            self._failed.pop(name, None)  # what failed then may not fail now
+        while (descriptor := self._folder.hold(path)) is None:
+            if (error := self._failed.pop(name, None)) is not None:
+                raise error
+            outcome = self._fetch(name, _NOW)
+            if outcome is Outcome.BUSY:
+                self._folder.wait_for(path)
+            elif outcome is Outcome.FULL:
+                self._refuse_for_ever(name, deadline)
+                time.sleep(0.05)
         return descriptor
 
     def hint(self, path: Path) -> None:
-        """Have a file fetched in the background, if it is not there."""
-        if not path.exists():
-            self._hints.append(self._name(path))
+        """Have a file fetched in the background, if it is not there and the order does not say when its turn comes."""
+        name = self._name(path)
+        if (self._run is None or not is_read_by_training(name)) and not path.exists():
+            self._hints.append(name)
 
     @contextmanager
     def follow(self, split: Path, order: RowOrder | None) -> Iterator[Callable[[int], None]]:
@@ -162,7 +178,7 @@ class CachedChunks:
 
     def _ranked(self, run: Following) -> list[tuple[float, str]]:
         horizon = _AHEAD * run.rows_per_shard * run.shuffle_shards
-        names = [name for name in self._entries if is_read_by_training(name)]
+        names = self._training
         far = distances(names, self._root, run)
         # of what is needed at the same time first the small: a row needs all of its arrays
         ranked = sorted((far[name], name.startswith("train/tokens/"), name) for name in names if far[name] < horizon)
@@ -195,10 +211,8 @@ class CachedChunks:
             return None
         try:
             return self._fetch(name, distance)
-        except FormatError as error:  # told when the file's turn comes
+        except (LlmtError, OSError) as error:  # told when the file's turn comes
             self._failed[name] = error
-        except StoreError as error:
-            say(str(error))
         return None
 
     def _name(self, path: Path) -> str:

@@ -5,6 +5,7 @@ virtual-storage computer"; here the future is known, for the order of rows is a 
 """
 
 import json
+import math
 import re
 from collections.abc import Iterable
 from functools import lru_cache
@@ -79,12 +80,21 @@ def _distance(name: str, dataset: Path, run: Following, of_shard: NDArray[np.flo
     if split != "train":
         return float(run.rows_per_shard * run.shuffle_shards)  # for the next evaluation, whenever that is
     if array == "tokens":
-        return float(of_shard[chunk])
+        return float(of_shard[chunk]) if chunk < len(of_shard) else NEVER
     total, per_chunk = _lengths(dataset / split / array)
     ends = np.minimum([chunk * per_chunk, (chunk + 1) * per_chunk], total) * (run.num_rows / max(1, total))
-    # of segments and spans one knows only about where their rows are: a shard more on both sides
     low, high = (ends // run.rows_per_shard).astype(int).tolist()
-    return float(of_shard[max(0, low - 1) : high + 2].min(initial=np.inf))
+    more = drift(run.num_rows, run.rows_per_shard)
+    return float(of_shard[max(0, low - more) : high + more + 1].min(initial=np.inf))
+
+
+def drift(num_rows: int, rows_per_shard: int) -> int:
+    """Return by how many shards the files of segments and spans may lie beside their rows.
+
+    Where a row's are is only known on the mean. After n of N rows, which are shuffled, their number is off by a
+    standard deviation of at most sqrt(N) / 2 times that of one row in units of its mean, which is below 1.
+    """
+    return max(1, math.ceil(math.sqrt(num_rows) / rows_per_shard))
 
 
 @lru_cache(maxsize=256)

@@ -1,9 +1,12 @@
 """A folder of fetched files with a limit that is never exceeded, shared by the processes of a machine.
 
+It lies in the folder that the user names, which may hold other files: those are neither counted nor removed.
+
     lock                  held while it is decided what comes in and what goes
     readers/              who reads, and where they stand (readers.py)
     DATASET/NAME          a file of a dataset, whole and checked
     DATASET/NAME.part     the room of one that is being fetched; who fetches it holds its lock
+    DATASET.reference/    what `llmt-train ref` computed: no copy of anything, so it stays, and is not counted
 
 A file that is read is locked by its readers, so it cannot go; the kernel drops the locks of a process that ends. What a
 killed process was fetching is fetched by the next that wants it, or removed when room is needed.
@@ -22,6 +25,8 @@ from llmt_shared.errors import ConfigError
 from llmt_train.cache.distance import NEVER, distances
 from llmt_train.cache.readers import Reader, living
 
+NAME = "llmt-chunks"
+"""Of the folder in the user's."""
 PART = ".part"
 _READERS = "readers"
 
@@ -48,15 +53,15 @@ class CacheFolder:
         """Make the folder where there is none.
 
         Args:
-            path: of the folder.
+            path: of the user's folder.
             limit: bytes of all files in it.
 
         Raises:
             ConfigError: it cannot be made or written.
         """
-        self.path, self.limit = path, limit
+        self.path, self.limit = path / NAME, limit
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
             os.close(self._open_lock())
         except OSError as error:
             raise ConfigError(f"cache.path: {path}: {error.strerror}; wanted a folder to write to") from None
@@ -89,7 +94,7 @@ class CacheFolder:
 
         Raises:
             Exception: what ``write`` raises; then the file is not there.
-            OSError: the disk is full.
+            ConfigError: the disk is full.
         """
         part = path.with_name(path.name + PART)
         with self.deciding():
@@ -105,8 +110,7 @@ class CacheFolder:
                 if not self.make_room(size - os.fstat(descriptor).st_size, distance, sparing=part):
                     part.unlink()
                     return _left(descriptor, Outcome.FULL)
-                with durable.naming(path):
-                    os.posix_fallocate(descriptor, 0, size)
+                self._reserve(descriptor, size)
             except BaseException:
                 part.unlink(missing_ok=True)
                 os.close(descriptor)
@@ -165,6 +169,20 @@ class CacheFolder:
             os.close(descriptor)
         return missing <= 0
 
+    def _reserve(self, descriptor: int, size: int) -> None:
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(descriptor, 0, size)
+            else:  # macOS: the size counts, though the disk may be full before it is written
+                os.truncate(descriptor, size)
+        except OSError as error:
+            if not durable.is_full_disk(error):
+                raise
+            raise ConfigError(
+                f"cache.size: {self.limit} bytes, but the disk is full: {self.path}: {error.strerror}; make room on "
+                f"it, set a smaller cache.size, or another cache.path"
+            ) from None
+
     def _residents(self) -> Iterator[_Resident]:
         """All files that may go."""
         readers = list(living(self.path / _READERS))
@@ -185,7 +203,7 @@ class CacheFolder:
     def _files(self) -> Iterator[Path]:
         """All files of datasets, and parts of them."""
         for folder in self.path.iterdir():
-            if folder.is_dir() and folder.name != _READERS:
+            if folder.is_dir() and folder.name != _READERS and not folder.suffix:
                 for parent, _, names in os.walk(folder):
                     yield from (Path(parent) / name for name in names)
 
@@ -202,13 +220,16 @@ def _own(part: Path) -> int | None:
     except BlockingIOError:
         os.close(descriptor)
         return None
+    if not os.fstat(descriptor).st_nlink:  # whoever had it has failed, and removed it between the two
+        os.close(descriptor)
+        return None
     return descriptor
 
 
 def _lock_unread(path: Path) -> int | None:
     """A locked descriptor of a file that nobody reads or writes."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDWR)  # what is open for reading alone cannot be locked so on NFS
     except FileNotFoundError:
         return None
     try:

@@ -8,6 +8,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
@@ -32,8 +33,7 @@ class Reader:
     def __init__(self, folder: Path, dataset: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._dataset = dataset
-        self._path = folder / f"{socket.gethostname()}-{os.getpid()}-{next(_numbers)}"
-        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        self._path, self._descriptor = _new_file(folder)
         fcntl.flock(self._descriptor, fcntl.LOCK_EX)
         self.tell(None)
 
@@ -66,6 +66,14 @@ def living(folder: Path) -> Iterator[Seen]:
                 path.unlink(missing_ok=True)
         finally:
             os.close(descriptor)
+
+
+def _new_file(folder: Path) -> tuple[Path, int]:
+    """A file and its descriptor; processes of two containers may have the same host's name and number."""
+    while True:
+        path = folder / f"{socket.gethostname()}-{os.getpid()}-{next(_numbers)}"
+        with suppress(FileExistsError):
+            return path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
 
 
 def _is_alive(descriptor: int) -> bool:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmt_shared.errors import ConfigError, DataError
+from llmt_shared.objects import give_up
 from llmt_shared.order import Blocks, endless_rows
 from llmt_shared.segments import Pieces, count_targets, lay_out
 from llmt_train.config import BatchConfig, TrainConfig
@@ -329,8 +330,13 @@ class Prefetched(Generic[Item]):
             self._queue.put((None, error))
 
     def close(self) -> None:
-        """Stop the thread and wait for it; harmless when it has ended or never ran."""
+        """Stop the thread and wait for it; harmless when it has ended or never ran.
+
+        It does not wait for a store that fails: what is asked for now is not asked for again.
+        """
         self._is_closed = True
         self._free.put(None)
-        if self._thread is not None:
-            self._thread.join()
+        give_up()
+        while self._thread is not None and self._thread.is_alive():
+            self._thread.join(0.5)
+            give_up()
