@@ -97,9 +97,9 @@ def plan_replica(
             rows = folder / "rows" / split
             write_rows(rows, windows, corpus, sequence.length, sequence.overflow, config.packing.carry)
         planned = time.monotonic()
-    corpora.save(corpus, folder / "corpus.json")
+    corpora.save(corpus, corpora.saved_in(folder))
     tokenize_seconds, unit_memory = _unit_costs(trial, tokenizer, folder)
-    load_seconds, entry_memory = _load_costs(corpus, folder / "corpus.json")
+    load_seconds, entry_memory = _load_costs(corpus, folder)
     return PlanRates(
         documents=corpus.num_documents,
         plan_seconds=(planned - started) / corpus.num_documents,
@@ -116,7 +116,7 @@ def join_rate(config: MixConfig, folder: Path) -> float:
     """Return the bytes of side-cars a second that `finish_split` joins: of very many, very short documents."""
     ones = Documents(np.ones(1, np.int64), np.zeros((1, 2), np.uint32), np.zeros(1, np.int64))
     corpus = write_store(folder / "units", [ones], [_TINY_DOCUMENTS], [_TINY_DOCUMENTS], config.seed)
-    corpora.save(corpus, folder / "corpus.json")
+    corpora.save(corpus, corpora.saved_in(folder))
     lengths = corpus.lengths(0, _TINY_DOCUMENTS)
     numbers = np.arange(_TINY_DOCUMENTS)
     everything = Piece(numbers, lengths, np.cumsum(lengths) - lengths, corpus.outlines(0, _TINY_DOCUMENTS))
@@ -146,19 +146,17 @@ def write_store(
         seed: of the draw, and of the hashes of texts.
     """
     generator = np.random.default_rng(seed)
-    units: list[UnitEntry] = []
+    units: list[tuple[int, str]] = []
     for source, (sample, count, size) in enumerate(zip(samples, counts, per_unit, strict=True)):
         chosen = draw(len(sample.length), 0, count, (seed, source))
         for first in range(0, count, size):
-            mine = chosen[first : first + size]
-            unit = folder / f"{len(units)}"
-            meta = _write_unit(unit, sample, mine, generator.integers(0, 1 << 64, len(mine), "<u8"))
-            entry = (str(unit), source, f"file-{source}", meta.documents, meta.tokens, 0, first)
-            units.append(UnitEntry(*entry, meta.has_targets, meta.content))
-    return Corpus(tuple(units), len(samples))
+            mine, key = chosen[first : first + size], f"{len(units):064x}"
+            _write_unit(unit_folder(folder, key), sample, mine, generator.integers(0, 1 << 64, len(mine), "<u8"))
+            units.append((source, key))
+    return corpora.read_corpus(folder, [(source, f"file-{source}") for source in range(len(samples))], units)
 
 
-def _write_unit(unit: Path, sample: Documents, chosen: NDArray[np.int64], hashes: NDArray[np.uint64]) -> UnitMeta:
+def _write_unit(unit: Path, sample: Documents, chosen: NDArray[np.int64], hashes: NDArray[np.uint64]) -> None:
     length, outline, num_spans = sample.length[chosen], sample.outline[chosen], sample.num_spans[chosen]
     has_targets, spans, tokens = bool(sample.num_spans.any()), int(num_spans.sum()), int(length.sum())
     columns: dict[str, NDArray[Any]] = {"lengths": length, "records": np.arange(len(chosen))}
@@ -173,10 +171,10 @@ def _write_unit(unit: Path, sample: Documents, chosen: NDArray[np.int64], hashes
         with (unit / name).open("wb") as file:
             file.truncate(size)
     (unit / "quarantine.jsonl").touch()
-    counts = dict.fromkeys(COUNTED, 0) | {"documents": len(chosen), "tokens": tokens, "spans": spans}
+    counts = dict.fromkeys(COUNTED, 0) | dict.fromkeys(("records", "documents", "lines"), len(chosen))
+    counts |= {"tokens": tokens, "spans": spans}
     meta = UnitMeta(**counts, engine="", dtype="uint16", checksums={}, has_targets=has_targets)
     (unit / "meta.json").write_text(json.dumps(asdict(meta)))
-    return meta
 
 
 def _documents(sizes: Sequence[SourceSize], epochs: Sequence[float], samples: Sequence[Documents]) -> list[int]:
@@ -197,8 +195,7 @@ def _finish_costs(config: MixConfig, corpus: Corpus, selected: Selected, folder:
 
     def know() -> object:
         ledgers = source_ledgers(config, corpus, selected, once, tallies, nothing)
-        metas = [corpus.open_unit(unit).meta for _ in ("files", "report") for unit in range(len(corpus.units))]
-        return ledgers, metas, [list(read_quarantine(Path(unit.directory))) for unit in corpus.units]
+        return ledgers, [list(read_quarantine(corpus.directory(unit))) for unit in range(len(corpus.units))]
 
     return _costs(know, len(corpus.units))[0]
 

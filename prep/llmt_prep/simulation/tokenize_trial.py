@@ -19,8 +19,9 @@ from llmt_prep.documents import Unit
 from llmt_prep.executor import HERE
 from llmt_prep.guard import inexact_engines
 from llmt_prep.held import Shelved
-from llmt_prep.ingest import Place, place_units, shelve_tokenizer, tokenize_inputs
+from llmt_prep.ingest import shelve_tokenizer, tokenize_inputs
 from llmt_prep.inputs import InputFile, Inputs, InputUnit, reading_of
+from llmt_prep.places import Place, Places, place_units
 from llmt_prep.simulation.clocks import Clocked, clocked
 from llmt_prep.tokenization import hash_content
 from llmt_prep.tokenizer import LoadedTokenizer
@@ -176,7 +177,7 @@ def _task(config: MixConfig, file: InputFile, place: Place, tokenizer: Shelved, 
 
 
 def _source(
-    source: int, places: Sequence[Place], hashing: Clocked, seconds: dict[Path, float], corpus: Corpus
+    source: int, places: Places, hashing: Clocked, seconds: dict[Path, float], corpus: Corpus
 ) -> SourceTrial:
     mine = [number for number, place in enumerate(places) if place.source == source]
     metas = [corpus.open_unit(number).meta for number in mine]
@@ -198,6 +199,6 @@ def _source(
 
 def _documents(source: int, units: Sequence[int], corpus: Corpus) -> Documents:
     first, last = corpus.source_borders[source : source + 2].tolist()
-    spans = [corpus.open_unit(unit).targets.num_spans for unit in units if corpus.units[unit].has_targets]
+    spans = [corpus.open_unit(unit).targets.num_spans for unit in units if corpus.has_targets]
     num_spans = np.concatenate(spans).astype(np.int64) if spans else np.zeros(last - first, np.int64)
     return Documents(corpus.lengths(first, last), corpus.outlines(first, last), num_spans)
