@@ -28,6 +28,9 @@ UNIT = np.dtype(
 """One unit: its name in the token store; its `UnitMeta.content`; the provenance number of its record 0; its source;
 which of the token store's folders it lies in; whether it has a quarantine."""
 
+SAVED_BYTES = UNIT.itemsize + 2 * 8
+"""Of a saved corpus, for each unit: its borders, too."""
+
 _UNITS, _DOCUMENTS, _TOKENS, _NOTE = "units.bin", "documents.bin", "tokens.bin", "corpus.json"
 
 
@@ -57,6 +60,9 @@ class Files(NamedTuple):
     """[F + 1]; provenance number of each file's record 0, then the number of records (lines, rows)."""
 
 
+_NO_FILES = Files((), (), np.zeros(1, np.int64), np.zeros(1, np.int64))
+
+
 @dataclass(frozen=True, eq=False)
 class Corpus:
     """All units; U of them."""
@@ -72,7 +78,7 @@ class Corpus:
     num_sources: int
     has_targets: bool
     """As in `UnitMeta`; alike in all units."""
-    files: Files = Files((), (), np.zeros(1, np.int64), np.zeros(1, np.int64))
+    files: Files = _NO_FILES
     """Not saved."""
     counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, len(COUNTED)), np.int64))
     """[sources, counts] sums over the units of what `COUNTED` names. Not saved."""

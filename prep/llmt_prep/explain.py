@@ -65,7 +65,7 @@ def cache_use(config: MixConfig, places: Places, inexact: frozenset[str], execut
             why = stored.why_not(places[number].origin) if is_missing[number] else _REUSED
         source = int(places.units["source"][number])
         units[source][why] += 1
-        sizes[source][why] += places.bytes(number)
+        sizes[source][why] += places.size(number)
     uses = map(_source_use, units, sizes)
     return CacheUse(cache=str(places.folders[0].parent), sources=dict(zip(config.sources, uses, strict=True)))
 

@@ -99,11 +99,11 @@ def _windows(address: NDArray[np.int64], token_borders: NDArray[np.int64]) -> It
     unit_of = np.searchsorted(token_borders, address, "right") - 1  # not the other way: there may be millions of units
     cuts = [0, *(np.flatnonzero(np.diff(unit_of)) + 1).tolist(), len(address)] if len(address) else []
     for start, end in pairwise(cuts):
-        unit = int(unit_of[start])
-        while start < end:
-            stop = start + int(np.searchsorted(address[start:end], address[start] + WINDOW))
-            yield unit, slice(start, stop)
-            start = stop
+        stop = start
+        while stop < end:
+            first = stop
+            stop += int(np.searchsorted(address[first:end], address[first] + WINDOW))
+            yield int(unit_of[start]), slice(first, stop)
 
 
 def _numbers(document: NDArray[np.int64], unit: int, corpus: Corpus) -> NDArray[np.uint64]:

@@ -146,7 +146,14 @@ def hash_input(job: Job) -> FileHashes:
     else:
         sha256, contents = hash_file(job.file.path), [hash_content(unit) for unit in units]
     check_unchanged([job.file])
-    return _file_hashes(sha256, units, contents)
+    return file_hashes(sha256, units, contents)
+
+
+def file_hashes(sha256: str, units: Sequence[Unit], contents: Sequence[str]) -> FileHashes:
+    """Put together the hashes of a file, of its units and of their contents."""
+    found = zip(units, contents, strict=True)
+    packed = (_PACKED.pack(unit.start, unit.stop, bytes.fromhex(content)) for unit, content in found)
+    return FileHashes(sha256, b"".join(packed))
 
 
 def hash_file(path: str) -> str:
@@ -156,7 +163,7 @@ def hash_file(path: str) -> str:
 
 
 def read_index(path: Path) -> Iterator[Entry]:
-    """Yield what the index says, file by file, as far as its lines are whole; nothing where it is of another version."""
+    """Yield what the index says, file by file, but for damaged lines; nothing where it is of another version."""
     try:
         with path.open("rb") as lines:
             for line in lines if lines.read(len(_HEAD)) == _HEAD else ():
@@ -215,13 +222,7 @@ def _hash_object(job: Job) -> FileHashes:
     with fetched(job.file) as (copy, sha256):
         check_unchanged([job.file])
         units = documents.split_into_units(job.file.path, job.reader, job.unit_size, copy)
-        return _file_hashes(sha256, units, [hash_content(unit) for unit in units])
-
-
-def _file_hashes(sha256: str, units: Sequence[Unit], contents: Sequence[str]) -> FileHashes:
-    found = zip(units, contents, strict=True)
-    packed = (_PACKED.pack(unit.start, unit.stop, bytes.fromhex(content)) for unit, content in found)
-    return FileHashes(sha256, b"".join(packed))
+        return file_hashes(sha256, units, [hash_content(unit) for unit in units])
 
 
 def _known(jobs: Iterable[Job], index: Iterable[Entry]) -> dict[Job, FileHashes]:

@@ -79,13 +79,13 @@ def unusable_units(places: Places, inexact: frozenset[str], executor: Executor) 
         executor: reads, where there is much to read.
     """
     there = np.flatnonzero(places.are_first() & places.are_there())
-    total = sum(places.bytes(int(number)) for number in there)
+    total = sum(places.size(int(number)) for number in there)
     unusable: dict[bytes, str] = {}
     with stage("check cache", total, "bytes") as advance:
         tasks = ((places.directory(int(number)),) for number in there)
         for done, is_sound in (executor if total > IN_PROCESS_BYTES else HERE).run(store.is_sound, tasks):
             number = int(there[done])
-            advance(places.bytes(number))
+            advance(places.size(number))
             if not is_sound:
                 unusable[places.key(number)] = "is damaged"
             elif inexact and (engine := open_unit(places.directory(number)).meta.engine) in inexact:
@@ -132,14 +132,14 @@ def _tokenize_missing(
     read = np.zeros(len(places.bytes_of_source), np.int64)
     for number in np.flatnonzero(is_there).tolist():
         counting.add(number, open_unit(places.directory(number)).meta)
-        read[places.units["source"][number]] += places.bytes(number)
+        read[places.units["source"][number]] += places.size(number)
     tasks = ((task,) for task in _tasks(places, todo, tokenizer, is_fast, executor))
-    with stage("tokenize", sum(places.bytes(int(number)) for number in todo), "bytes") as advance:
+    with stage("tokenize", sum(places.size(int(number)) for number in todo), "bytes") as advance:
         for done, meta in executor.run(run_task, tasks):
             number = int(todo[done])
-            advance(places.bytes(number))
+            advance(places.size(number))
             counting.add(number, meta)
-            read[places.units["source"][number]] += places.bytes(number)
+            read[places.units["source"][number]] += places.size(number)
             if meta.quarantined >= _MANY_BAD:  # a wrong field must not cost a night
                 _check_bad(places, counting, places.bytes_of_source / np.maximum(read, 1))
     for number in np.flatnonzero(~counting.is_added).tolist():  # the same as others

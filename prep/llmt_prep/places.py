@@ -88,14 +88,14 @@ class Places:
         """All of them, in order."""
         return (self[number] for number in range(len(self)))
 
-    def bytes(self, number: int) -> int:
+    def size(self, number: int) -> int:
         """Return the bytes of input of a unit, about."""
         first, last = self.inputs.units[number].span
         return last - first
 
-    def key(self, number: int) -> "bytes":
+    def key(self, number: int) -> bytes:
         """Return a unit's name in the token store."""
-        return self.units["key"][number].tobytes()
+        return bytes(self.units["key"][number].tobytes())
 
     def directory(self, number: int) -> Path:
         """Return the folder of a unit."""

@@ -68,10 +68,10 @@ def _watch(process: subprocess.Popen[bytes]) -> tuple[int, int]:
     rss = pss = 0
     next_pss = time.perf_counter()
     while process.poll() is None:
-        family = list(family(process.pid))
-        rss = max(rss, sum(kilobytes(pid, "status", "VmRSS:") for pid in family))
+        pids = list(family(process.pid))
+        rss = max(rss, sum(kilobytes(pid, "status", "VmRSS:") for pid in pids))
         if time.perf_counter() >= next_pss:
-            pss = max(pss, sum(kilobytes(pid, "smaps_rollup", "Pss:") for pid in family))
+            pss = max(pss, sum(kilobytes(pid, "smaps_rollup", "Pss:") for pid in pids))
             next_pss = time.perf_counter() + PSS_SECONDS
         time.sleep(RSS_SECONDS)
     return rss * 1024, pss * 1024

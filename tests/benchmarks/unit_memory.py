@@ -6,8 +6,8 @@ Every unit is one line of 128 bytes, so that next to nothing but units is there.
 with another seed, which finds all units in the cache. Bytes for each unit are the growth from one row to the next.
 WORK_FOLDER should lie in memory (/dev/shm): on a disk the fsync of so many small files is most of the time.
 
-`VmHWM` counts mapped pages of files, which all processes of a machine share; `RssAnon` is what a process has for itself.
-Both are read from /proc every 20 ms.
+`VmHWM` counts mapped pages of files, which all processes of a machine share, and `RssAnon` what a process has for
+itself. Both are read from /proc every 20 ms.
 """
 
 import argparse

@@ -39,8 +39,6 @@ class PackTrial(NamedTuple):
     """Bytes for each file in the manifest."""
     quarantine_line: float
     """Bytes for each bad record."""
-    list_bytes: float
-    """For each unit, of the list of units that workers read."""
 
 
 def in_epochs(config: MixConfig, epochs: dict[str, float]) -> MixConfig:
@@ -139,5 +137,4 @@ def _measured(
         companions=sum(sizes.values()) - chunks + entry * (len(sizes) - len(totals.sha256)),
         manifest_entry=entry,
         quarantine_line=quarantine / max(1, sum(each.quarantined for each in trial.sources)),
-        list_bytes=sum(path.stat().st_size for path in corpora.saved_in(data.parent).iterdir()) / len(trial.corpus.units),
     )

@@ -176,9 +176,7 @@ def _task(config: MixConfig, file: InputFile, place: Place, tokenizer: Shelved, 
     )
 
 
-def _source(
-    source: int, places: Places, hashing: Clocked, seconds: dict[Path, float], corpus: Corpus
-) -> SourceTrial:
+def _source(source: int, places: Places, hashing: Clocked, seconds: dict[Path, float], corpus: Corpus) -> SourceTrial:
     mine = [number for number, place in enumerate(places) if place.source == source]
     metas = [corpus.open_unit(number).meta for number in mine]
     sizes = [places[number].bytes for number in mine]
