@@ -25,8 +25,8 @@ from llmt_shared.errors import DataError
 UNIT = np.dtype(
     [("key", "V32"), ("content", "<u8"), ("first_record", "<i8"), ("source", "<u2"), ("folder", "<u2"), ("bad", "?")]
 )
-"""One unit: its name in the token store; its `UnitMeta.content`; the provenance number of its record 0; its source;
-which of the token store's folders it lies in; whether it has a quarantine."""
+"""One unit: first its name in the token store; its `UnitMeta.content`; the provenance number of its record 0; its
+source; in which of the corpus' folders it lies; whether it has a quarantine."""
 
 SAVED_BYTES = UNIT.itemsize + 2 * 8
 """Of a saved corpus, for each unit: its borders, too."""

@@ -149,11 +149,12 @@ def hash_input(job: Job) -> FileHashes:
     return file_hashes(sha256, units, contents)
 
 
-def file_hashes(sha256: str, units: Sequence[Unit], contents: Sequence[str]) -> FileHashes:
+def file_hashes(sha256: str, units: Iterable[Unit], contents: Iterable[str]) -> FileHashes:
     """Put together the hashes of a file, of its units and of their contents."""
-    found = zip(units, contents, strict=True)
-    packed = (_PACKED.pack(unit.start, unit.stop, bytes.fromhex(content)) for unit, content in found)
-    return FileHashes(sha256, b"".join(packed))
+    packed = bytearray()
+    for unit, content in zip(units, contents, strict=True):
+        packed += _PACKED.pack(unit.start, unit.stop, bytes.fromhex(content))
+    return FileHashes(sha256, bytes(packed))
 
 
 def hash_file(path: str) -> str:

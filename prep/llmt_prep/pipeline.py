@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,6 +172,7 @@ def _build(config: MixConfig, executor: Executor, force: bool, rehash: bool) -> 
         say(f"going on with {directory}")
     with clock("tokenize"):
         corpus = tokenize_inputs(config, inputs, tokenizer, cache_of(config), executor)
+    inputs = replace(inputs, units=())  # there may be millions
     check_unchanged(inputs.files)
     with clock("plan"):
         selected = select(config, corpus)

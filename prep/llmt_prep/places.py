@@ -107,9 +107,15 @@ class Places:
 
     def are_first(self) -> NDArray[np.bool_]:
         """Return which units are the first of their key: [U]."""
-        _, first = np.unique(self.units["key"].view("S32"), return_index=True)
-        is_first = np.zeros(len(self), np.bool_)
-        is_first[first] = True
+        keys = self.units["key"]
+        beginning = np.ndarray(len(self), "<u8", self.units, strides=self.units.strides).copy()  # takes less memory
+        order = np.argsort(beginning, kind="stable")
+        is_same = np.diff(beginning[order]) == 0
+        likely = np.union1d(order[:-1][is_same], order[1:][is_same])  # that it is not the only one
+        _, first = np.unique(keys[likely].view("S32"), return_index=True)
+        is_first = np.ones(len(self), np.bool_)
+        is_first[likely] = False
+        is_first[likely[first]] = True
         return is_first
 
 

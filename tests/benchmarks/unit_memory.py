@@ -2,8 +2,9 @@
 
 usage: python tests/benchmarks/unit_memory.py WORK_FOLDER [--units 2000 20000 100000] [--workers 2]
 
-Every unit is one line of 128 bytes, so that next to nothing but units is there. A run from nothing is followed by one
-with another seed, which finds all units in the cache. Bytes for each unit are the growth from one row to the next.
+Every unit is one line of 128 bytes, and of 16 only one has a text, so that next to nothing but units is there. A run
+from nothing is followed by one with another seed, which finds all units in the cache. Bytes for each unit are the
+growth from one row to the next.
 WORK_FOLDER should lie in memory (/dev/shm): on a disk the fsync of so many small files is most of the time.
 
 `VmHWM` counts mapped pages of files, which all processes of a machine share, and `RssAnon` what a process has for
@@ -27,6 +28,8 @@ import small_tokenizers
 
 LINE = 128
 """Bytes."""
+TEXTS_IN = 16
+"""Lines."""
 SECONDS = 0.02
 
 
@@ -65,10 +68,11 @@ def main() -> None:
 
 
 def write_lines(path: Path, count: int) -> None:
-    """Lines of `LINE` bytes, all different."""
+    """Lines of `LINE` bytes, all different, most of them without a text."""
     with path.open("wb") as file:
         for number in range(count):
-            start = json.dumps({"text": f"document {number} "}).encode()[:-2]
+            text = "" if number % TEXTS_IN else f"document {number} " * 4
+            start = json.dumps({"text": text, "other": f"{number}"}).encode()[:-2]
             file.write(start + b"x" * (LINE - len(start) - 3) + b'"}\n')
 
 
@@ -77,7 +81,7 @@ def command(home: Path, tokenizer: Path, count: int, seed: int, workers: int) ->
     mix = {
         "output": str(home / f"dataset-{seed}"), "cache": str(home / "cache"), "tokenizer": str(tokenizer),
         "engine": "tokenizers", "sequence": {"length": 2048}, "seed": seed, "unit_size": LINE,
-        "shard_size": count * LINE // 16, "sources": {"lines": {"path": str(home / "lines.jsonl")}},
+        "shard_size": count * LINE // 64, "sources": {"lines": {"path": str(home / "lines.jsonl")}},
     }  # fmt: skip
     (home / "mix.yaml").write_text(json.dumps(mix))
     return [sys.executable, "-m", "llmt_prep", "pack", "--mix", str(home / "mix.yaml"), "--workers", str(workers)]
