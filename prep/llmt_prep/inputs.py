@@ -21,7 +21,7 @@ HASHES = "hashes"
 """Name of the index in the cache."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class InputFile(FileStat):
     """One file of one source."""
 

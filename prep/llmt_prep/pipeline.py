@@ -31,7 +31,7 @@ from llmt_prep.guard import inexact_engines
 from llmt_prep.ingest import tokenize_inputs
 from llmt_prep.inputs import Inputs, find_inputs
 from llmt_prep.ledger import Ledger, SplitLedger, mistakes, source_ledgers
-from llmt_prep.places import place_units
+from llmt_prep.places import place_units, with_formats
 from llmt_prep.plan import Plan, describe
 from llmt_prep.recipe import recipe_of
 from llmt_prep.report import count, percent
@@ -159,7 +159,7 @@ def _build(config: MixConfig, executor: Executor, force: bool, rehash: bool) -> 
     tokenizer = _tokenizer(config)
     with clock("hash"):
         inputs = find_inputs(config, cache_of(config), executor, rehash=rehash, remember=True)
-    config = _with_formats(config, inputs)
+    config = with_formats(config, inputs)
     mix = resolved(config, inputs.commits, tokenizer.commit)
     recipe = recipe_of(mix, inputs.files, tokenizer.digest)
     work = staging.work_of(config.output)
@@ -229,14 +229,6 @@ def _tell_of_template(config: MixConfig, tokenizer: LoadedTokenizer) -> None:
 
         for line in told(load_template(config.chat.template, tokenizer)):
             say(line)
-
-
-def _with_formats(config: MixConfig, inputs: Inputs) -> MixConfig:
-    if config.kind == "pretrain":
-        return config
-    from llmt_prep.chat.settings import with_formats  # text needs no templates
-
-    return with_formats(config, inputs)
 
 
 def _check_output(output: Location) -> None:

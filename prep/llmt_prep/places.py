@@ -153,6 +153,15 @@ def place_units(
     return places
 
 
+def with_formats(config: MixConfig, inputs: Inputs) -> MixConfig:
+    """Return the mix with the format of every source of chats or pairs said."""
+    if config.kind == "pretrain":
+        return config
+    from llmt_prep.chat import settings  # text needs no templates
+
+    return settings.with_formats(config, inputs)
+
+
 def full_name_of(file: InputFile) -> str:
     """Return what units say of the file that they were made of: see `Origin`."""
     return documents.full_name(file.path) if file.name == file.path else file.name
@@ -165,7 +174,7 @@ def _settings(
     if config.kind == "pretrain":
         text = TextSettings(special_tokens_in_text=config.special_tokens_in_text, bos=config.bos, eos=config.eos)
         return [text] * len(config.sources)
-    from llmt_prep.chat.settings import chat_settings, with_formats  # text needs no templates
+    from llmt_prep.chat.settings import chat_settings  # text needs no templates
 
     return chat_settings(with_formats(config, inputs), tokenizer)
 

@@ -21,7 +21,7 @@ from llmt_prep.guard import inexact_engines
 from llmt_prep.held import Shelved
 from llmt_prep.ingest import shelve_tokenizer, tokenize_inputs
 from llmt_prep.inputs import InputFile, Inputs, InputUnit, reading_of
-from llmt_prep.places import Place, Places, place_units
+from llmt_prep.places import Place, Places, place_units, with_formats
 from llmt_prep.simulation.clocks import Clocked, clocked
 from llmt_prep.tokenization import hash_content
 from llmt_prep.tokenizer import LoadedTokenizer
@@ -98,7 +98,7 @@ def tokenize_sample(
     hashing = clocked("hash", hash_unit, reads, reads[: _at_once(reads, workers)])
     hashed = tuple(each._replace(content=call.result[0]) for each, call in zip(units, hashing.calls, strict=True))
     inputs = Inputs(tuple(replace(file, sha256="0" * 64) for file in files), hashed, {})
-    config = _with_formats(config, inputs)
+    config = with_formats(config, inputs)
     cache = folder / "cache"
     places = place_units(config, inputs, tokenizer, cache)
     started = time.monotonic()
@@ -146,14 +146,6 @@ def _require_documents(config: MixConfig, corpus: Corpus) -> None:
 def _at_once(tasks: Sequence[object], workers: int) -> int:
     """Workers that can be warm and still find something to do."""
     return max(1, min(workers, len(tasks) // 2))
-
-
-def _with_formats(config: MixConfig, inputs: Inputs) -> MixConfig:
-    if config.kind == "pretrain":
-        return config
-    from llmt_prep.chat.settings import with_formats  # text needs no templates
-
-    return with_formats(config, inputs)
 
 
 def _choose(config: MixConfig, tokenizer: LoadedTokenizer, shelved: Shelved, place: Place) -> Choice:
