@@ -232,8 +232,14 @@ def saved_in(staging: Path) -> Path:
 
 
 def is_saved(corpus: Corpus, folder: Path) -> bool:
-    """Whether `save` wrote the same corpus there."""
-    return (folder / _NOTE).exists() and (folder / _NOTE).read_text() == _note(corpus)
+    """Whether `save` wrote the same corpus there, and it is still whole."""
+    if not (folder / _NOTE).exists():
+        return False
+    columns = _columns(corpus)
+    is_whole = all(
+        (folder / name).exists() and (folder / name).stat().st_size == columns[name].nbytes for name in columns
+    )
+    return is_whole and (folder / _NOTE).read_text() == _note(corpus) == _note(load(folder))
 
 
 def save(corpus: Corpus, folder: Path) -> None:

@@ -2,9 +2,9 @@
 
 usage: python tests/benchmarks/unit_memory.py WORK_FOLDER [--units 2000 20000 100000] [--workers 2]
 
-Every unit is one line of 128 bytes, and of 16 only one has a text, so that next to nothing but units is there. A run
-from nothing is followed by one with another seed, which finds all units in the cache. Bytes for each unit are the
-growth from one row to the next.
+Every unit is one line of 128 bytes, 1000 of them to a file, and of 16 only one has a text, so that next to nothing but
+units is there. A run from nothing is followed by one with another seed, which finds all units in the cache. Bytes for
+each unit are the growth from one row to the next.
 WORK_FOLDER should lie in memory (/dev/shm): on a disk the fsync of so many small files is most of the time.
 
 `VmHWM` counts mapped pages of files, which all processes of a machine share, and `RssAnon` what a process has for
@@ -28,8 +28,10 @@ import small_tokenizers
 
 LINE = 128
 """Bytes."""
+LINES = 1000
+"""Of a file."""
 TEXTS_IN = 16
-"""Lines."""
+"""Lines: one with a text."""
 SECONDS = 0.02
 
 
@@ -57,7 +59,7 @@ def main() -> None:
         home = said.work / "run"
         shutil.rmtree(home, ignore_errors=True)
         home.mkdir(parents=True)
-        write_lines(home / "lines.jsonl", count)
+        write_lines(home / "lines", count)
         for seed, run in enumerate(found):
             found[run][count] = watched(command(home, tokenizer, count, seed, said.workers), home / "stderr")
             print(f"{count} units, {run}: {found[run][count].seconds:.1f} s", file=sys.stderr)
@@ -67,13 +69,15 @@ def main() -> None:
     print(table(header, [row for run, peaks in found.items() for row in rows(run, peaks)]))
 
 
-def write_lines(path: Path, count: int) -> None:
-    """Lines of `LINE` bytes, all different, most of them without a text."""
-    with path.open("wb") as file:
-        for number in range(count):
-            text = "" if number % TEXTS_IN else f"document {number} " * 4
-            start = json.dumps({"text": text, "other": f"{number}"}).encode()[:-2]
-            file.write(start + b"x" * (LINE - len(start) - 3) + b'"}\n')
+def write_lines(folder: Path, count: int) -> None:
+    """Lines of `LINE` bytes, all different, most of them without a text, in files of `LINES` lines."""
+    folder.mkdir()
+    for first in range(0, count, LINES):
+        with (folder / f"{first:09}.jsonl").open("wb") as file:
+            for number in range(first, min(first + LINES, count)):
+                text = "" if number % TEXTS_IN else f"document {number} " * 4
+                start = json.dumps({"text": text, "other": f"{number}"}).encode()[:-2]
+                file.write(start + b"x" * (LINE - len(start) - 3) + b'"}\n')
 
 
 def command(home: Path, tokenizer: Path, count: int, seed: int, workers: int) -> list[str]:
@@ -81,7 +85,7 @@ def command(home: Path, tokenizer: Path, count: int, seed: int, workers: int) ->
     mix = {
         "output": str(home / f"dataset-{seed}"), "cache": str(home / "cache"), "tokenizer": str(tokenizer),
         "engine": "tokenizers", "sequence": {"length": 2048}, "seed": seed, "unit_size": LINE,
-        "shard_size": count * LINE // 64, "sources": {"lines": {"path": str(home / "lines.jsonl")}},
+        "shard_size": count * LINE // 64, "sources": {"lines": {"path": str(home / "lines")}},
     }  # fmt: skip
     (home / "mix.yaml").write_text(json.dumps(mix))
     return [sys.executable, "-m", "llmt_prep", "pack", "--mix", str(home / "mix.yaml"), "--workers", str(workers)]

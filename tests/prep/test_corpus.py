@@ -67,6 +67,27 @@ def test_a_column_that_ends_early_is_refused(tmp_path: Path) -> None:
         corpus.lengths(5, 8)
 
 
+@pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
+@pytest.mark.parametrize("name", ["units.bin", "documents.bin", "tokens.bin", "corpus.json"])
+def test_a_saved_corpus_that_is_damaged_is_not_taken_for_the_same(tmp_path: Path, name: str, damage: str) -> None:
+    corpus, path = write_corpus(tmp_path, LENGTHS, 4), tmp_path / "saved" / name
+    corpora.save(corpus, tmp_path / "saved")
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(content[:-1] if damage == "cut" else content[:-1] + bytes([content[-1] ^ 1]))
+    assert not corpora.is_saved(corpus, tmp_path / "saved")
+    corpora.save(corpus, tmp_path / "saved")
+    assert corpora.is_saved(corpus, tmp_path / "saved")
+
+
+def test_another_corpus_is_not_the_saved_one(tmp_path: Path) -> None:
+    corpora.save(write_corpus(tmp_path / "one", LENGTHS, 4), tmp_path / "saved")
+    assert not corpora.is_saved(write_corpus(tmp_path / "other", LENGTHS, 4), tmp_path / "saved")
+    assert not corpora.is_saved(write_corpus(tmp_path / "third", LENGTHS, 5), tmp_path / "saved")
+
+
 def test_a_saved_corpus_loads_the_same(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path, LENGTHS, 4)
     assert not corpora.is_saved(corpus, tmp_path / "saved")
