@@ -111,14 +111,17 @@ class Corpus:
         return np.stack([self._read(column, first, last) for column in ("first_target", "chosen_length")], axis=1)
 
     def _read(self, column: str, first: int, last: int) -> NDArray[Any]:
-        parts = []
+        out, done = None, 0
         unit = int(np.searchsorted(self.document_borders, first, "right")) - 1
         while first < last:
             start, past = self.document_borders[unit : unit + 2].tolist()
             end = min(last, past)
-            parts.append(read_column(self.directory(unit), column, first - start, end - first))
-            first, unit = end, unit + 1
-        return np.concatenate(parts)
+            part = read_column(self.directory(unit), column, first - start, end - first)
+            out = np.empty(last - first, part.dtype) if out is None else out  # not a list of so many parts
+            out[done : done + len(part)] = part
+            first, done, unit = end, done + len(part), unit + 1
+        assert out is not None, "of no documents"
+        return out
 
     def place(self, document: int) -> str:
         """Return where a document comes from: file and line (or row), from 1 as editors count."""

@@ -2,9 +2,10 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llmt_prep.cache import Origin, origin_of, unit_folders
 from llmt_prep.config import MixConfig
@@ -55,7 +56,7 @@ def cache_use(config: MixConfig, places: Places, inexact: frozenset[str], execut
     """Compare the units of a mix with those in the cache, which are read to see whether they are sound."""
     unusable = unusable_units(places, inexact, executor)
     is_missing = places.are_first() & ~places.are_there()  # what comes again later is tokenized by then
-    stored = _Stored(places, np.flatnonzero(is_missing).tolist())
+    stored = _Stored(places, np.flatnonzero(is_missing))
     units: list[Counter[tuple[str, ...]]] = [Counter() for _ in config.sources]
     sizes: list[Counter[tuple[str, ...]]] = [Counter() for _ in config.sources]
     for number in range(len(places)):
@@ -107,12 +108,12 @@ class _Stored:
     Of many that differ from a missing one in the same way only one is kept.
     """
 
-    def __init__(self, places: Places, missing: Sequence[int]) -> None:
+    def __init__(self, places: Places, missing: NDArray[np.int64]) -> None:
         files, units = places.inputs.files, places.inputs.units
-        contents = np.sort(np.fromiter((units[number].content for number in missing), "S32", len(missing)))
+        contents = np.sort(np.fromiter((units[number].content for number in map(int, missing)), "S32", len(missing)))
         self._by_file: dict[str, dict[str, Origin]] = {full_name_of(file): {} for file in files}
         self._by_content: dict[str, dict[str, Origin]] = {}
-        for folder in unit_folders(places.folders[0].parent) if missing else ():
+        for folder in unit_folders(places.folders[0].parent) if len(missing) else ():
             if (origin := origin_of(folder)) is not None:
                 kind = repr([_settings(origin), origin.facts["tokenizer"], origin.file_sha256, origin.unit_size])
                 self._by_file.get(origin.file, {})[kind] = origin

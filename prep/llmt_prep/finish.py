@@ -81,7 +81,7 @@ def _integers(values: Iterable[int]) -> pa.Array:
 def _write_quarantine(path: Path, sources: list[str], corpus: Corpus) -> None:
     """One line for each bad record: source, file, record (from 0: a line or row number), reason, preview."""
     with durable.writing(path) as out:
-        for unit in np.flatnonzero(corpus.units["bad"]).tolist():
+        for unit in map(int, np.flatnonzero(corpus.units["bad"])):
             for bad in read_quarantine(corpus.directory(unit)):
                 line = {
                     "source": sources[corpus.units["source"][unit]],

@@ -100,7 +100,9 @@ def watched(command: list[str], log: Path) -> Peaks:
         while process.poll() is None:
             for pid in family(process.pid):
                 now = [1024 * kilobytes(pid, "status", key) for key in ("VmHWM:", "RssAnon:")]
-                peaks[pid] = [max(pair) for pair in zip(now, peaks.get(pid, [0, 0]), strict=True)]
+                before = peaks.get(pid, now)
+                is_another = 0 < now[0] < before[0]  # program: what it was before was a copy of its parent
+                peaks[pid] = now if is_another else [max(pair) for pair in zip(now, before, strict=True)]
             time.sleep(SECONDS)
         seconds = time.perf_counter() - started
     if process.returncode:
