@@ -39,9 +39,9 @@ def rates(names: list[str], **changes: Any) -> Rates:
         "workers": 2, "engine": "made up", "itemsize": 2, "read": 1e9, "hash": 1e9,
         "tokenize": dict.fromkeys(names, 1e8), "gather": 3e8, "plan": 5e-7, "join": 3e8, "process_start": 0.5,
         "list_file": 1e-5, "choose": 0.2, "hash_start": 0.3, "tokenize_start": 0.6, "tokenize_start_alone": 0.2,
-        "gather_start": 0.4, "gather_start_alone": 0.1, "finish": 0.1, "unit_tokenize": 1e-4, "unit_load": 1e-5,
-        "unit_finish": 2e-4, "list_bytes": 300, "tokenizer": 1e6, "companions": 1e6, "manifest_entry": 170,
-        "quarantine_line": 200, "plan_peak": 3e8, "tokenize_peak": 2e8, "gather_peak": 2e8, "unit_memory": 3000,
-        "entry_memory": 800, "busy": {},
+        "gather_start": 0.4, "gather_start_alone": 0.1, "finish": 0.1, "unit_tokenize": 1e-4,
+        "unit_finish": 2e-4, "tokenizer": 1e6, "companions": 1e6, "manifest_entry": 170,
+        "quarantine_line": 200, "plan_peak": 3e8, "tokenize_peak": 2e8, "gather_peak": 2e8, "unit_memory": 150,
+        "busy": {},
     }  # fmt: skip
     return Rates.model_validate(said | changes)

@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 from hypothesis import strategies as st
+from synthetic_corpus import key_of
 
-from llmt_prep.corpus import Corpus, UnitEntry
+from llmt_prep.corpus import Corpus, read_corpus
 from llmt_prep.order import Documents
-from llmt_prep.store import Targets, open_unit, writing_unit
+from llmt_prep.store import Targets, unit_folder, writing_unit
 
 
 class Side(NamedTuple):
@@ -84,19 +85,20 @@ def write_chats(folder: Path, sources: Sequence[Sequence[Chat]], unit_documents:
         sources: the chats of each source.
         unit_documents: documents of every unit, or of one after another, over and over; a source's last has the rest.
     """
-    units: list[UnitEntry] = []
+    units: list[tuple[int, str]] = []
+    numbers: list[int] = []
     for source, of_source in enumerate(sources):
         start = 0
         while start < len(of_source):
             sizes = [unit_documents] if isinstance(unit_documents, int) else unit_documents
             part = of_source[start : start + sizes[len(units) % len(sizes)]]
-            unit = folder / f"unit-{len(units)}"
-            write_unit(unit, part)
-            meta = open_unit(unit).meta
-            place = (source, f"file-{source}", meta.documents, meta.tokens, 1000 * source, 2 * start)
-            units.append(UnitEntry(str(unit), *place, has_targets=True, content=meta.content))
+            write_unit(unit_folder(folder, key_of(len(units))), part)
+            units.append((source, key_of(len(units))))
+            numbers.append(1000 * source + 2 * start)
             start += len(part)
-    return Corpus(tuple(units), len(sources))
+    corpus = read_corpus(folder, [(source, f"file-{source}") for source in range(len(sources))], units)
+    corpus.units["first_record"] = numbers
+    return corpus
 
 
 def write_unit(path: Path, chats: Sequence[Chat]) -> None:

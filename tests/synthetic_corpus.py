@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmt_prep.config import SequenceConfig
-from llmt_prep.corpus import Corpus, UnitEntry
+from llmt_prep.corpus import Corpus, read_corpus
 from llmt_prep.mixture import Source
 from llmt_prep.order import Documents, Shuffling, in_order
 from llmt_prep.packing import landing
-from llmt_prep.store import UnitMeta
+from llmt_prep.store import UnitMeta, unit_folder
 from llmt_prep.survey import LIGHTEST, survey
 
 SHUFFLING = Shuffling(seed=42)
@@ -98,29 +98,31 @@ def write_corpus(folder: Path, sources: Sequence[Sequence[int]], unit_documents:
         unit_documents: documents of every unit, or of one after another, over and over; a source's last has the rest.
     """
     text_hashes = hashes(sum(map(len, sources)))
-    units: list[UnitEntry] = []
+    units: list[tuple[int, str]] = []
     done = 0
     for source, lengths in enumerate(sources):
         start = 0
-        while start < len(lengths) or not any(unit.source == source for unit in units):
+        while start < len(lengths) or not any(of_unit == source for of_unit, _ in units):
             sizes = [unit_documents] if isinstance(unit_documents, int) else unit_documents
             size = sizes[len(units) % len(sizes)]
             part = np.array(lengths[start : start + size], np.int64)
-            unit = folder / f"unit-{len(units)}"
-            tokens = write_unit(unit, part, text_hashes[done : done + len(part)])
-            units.append(UnitEntry(str(unit), source, f"file-{source}", len(part), tokens, 0, start, False, CONTENT))
+            write_unit(unit_folder(folder, key_of(len(units))), part, text_hashes[done : done + len(part)])
+            units.append((source, key_of(len(units))))
             start, done = start + len(part), done + len(part)
-    return Corpus(tuple(units), len(sources))
+    return read_corpus(folder, [(source, f"file-{source}") for source in range(len(sources))], units)
+
+
+def key_of(unit: int) -> str:
+    """The key of a unit that is made up."""
+    return f"{unit:064x}"
 
 
 META = (0, 0, "synthetic", "uint16", {})
 """What ends a synthetic unit's UnitMeta: documents compared, fall-backs, engine, dtype, checksums."""
 
-CONTENT = UnitMeta(0, 0, 0, 0, 0, 0, 0, 0, *META).content
 
-
-def write_unit(unit: Path, lengths: NDArray[Any], text_hashes: NDArray[np.uint64]) -> int:
-    """Write one unit, whose tokens are a hole in a file; returns how many."""
+def write_unit(unit: Path, lengths: NDArray[Any], text_hashes: NDArray[np.uint64]) -> None:
+    """Write one unit, whose tokens are a hole in a file."""
     documents, tokens = len(lengths), int(lengths.sum(dtype=np.int64))
     unit.mkdir(parents=True)
     lengths.astype("<u4").tofile(unit / "lengths")
@@ -131,4 +133,3 @@ def write_unit(unit: Path, lengths: NDArray[Any], text_hashes: NDArray[np.uint64
         file.truncate(2 * tokens)
     meta = UnitMeta(documents, documents, 0, 0, 0, tokens, 4 * tokens, documents, *META)
     (unit / "meta.json").write_text(json.dumps(asdict(meta)))
-    return tokens

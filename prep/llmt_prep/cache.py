@@ -65,9 +65,9 @@ def lock_of(cache: Path) -> Path:
     return cache / _LOCK
 
 
-def unit_directory(cache: Path, key: str) -> Path:
-    """Return the folder of a unit."""
-    return cache / "units" / key[:2] / key
+def units_of(cache: Path) -> Path:
+    """Return the folder below which all units lie (see `store.unit_folder`)."""
+    return cache / "units"
 
 
 def tokenizer_directory(cache: Path, digest: str) -> Path:
@@ -77,7 +77,7 @@ def tokenizer_directory(cache: Path, digest: str) -> Path:
 
 def unit_folders(cache: Path) -> Iterator[Path]:
     """Yield the folders of all units, in the order of keys."""
-    for group in sorted((cache / "units").glob("[0-9a-f][0-9a-f]")):
+    for group in sorted(units_of(cache).glob("[0-9a-f][0-9a-f]")):
         yield from (folder for folder in sorted(group.iterdir()) if re.fullmatch(r"[0-9a-f]{64}", folder.name))
 
 

@@ -2,13 +2,16 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
 
 from llmt_prep.cache import Origin, origin_of, unit_folders
 from llmt_prep.config import MixConfig
 from llmt_prep.executor import Executor
-from llmt_prep.ingest import Place, unusable_units
+from llmt_prep.ingest import unusable_units
+from llmt_prep.places import Places, full_name_of
 from llmt_prep.report import count, size, table
 from llmt_shared.config import StrictModel
 from llmt_shared.terminal import escaped
@@ -49,23 +52,23 @@ class CacheUse(StrictModel):
     sources: dict[str, SourceUse]
 
 
-def cache_use(
-    config: MixConfig, places: Sequence[Place], cache: Path, inexact: frozenset[str], executor: Executor
-) -> CacheUse:
+def cache_use(config: MixConfig, places: Places, inexact: frozenset[str], executor: Executor) -> CacheUse:
     """Compare the units of a mix with those in the cache, which are read to see whether they are sound."""
     unusable = unusable_units(places, inexact, executor)
-    missing = {place.directory: place for place in reversed(places) if not place.directory.exists()}
-    stored = _Stored(cache, list(missing.values()))
-
-    def why(place: Place) -> tuple[str, ...]:
-        if place.directory in unusable:
-            return (f"the stored unit {unusable[place.directory]}",)
-        is_first = missing.get(place.directory) is place  # what comes again later is tokenized by then
-        return stored.why_not(place.origin) if is_first else _REUSED
-
-    whys = [why(place) for place in places]
-    sources = {name: _source_use(places, whys, source) for source, name in enumerate(config.sources)}
-    return CacheUse(cache=str(cache), sources=sources)
+    is_missing = places.are_first() & ~places.are_there()  # what comes again later is tokenized by then
+    stored = _Stored(places, np.flatnonzero(is_missing))
+    units: list[Counter[tuple[str, ...]]] = [Counter() for _ in config.sources]
+    sizes: list[Counter[tuple[str, ...]]] = [Counter() for _ in config.sources]
+    for number in range(len(places)):
+        if (reason := unusable.get(places.key(number))) is not None:
+            why: tuple[str, ...] = (f"the stored unit {reason}",)
+        else:
+            why = stored.why_not(places[number].origin) if is_missing[number] else _REUSED
+        source = int(places.units["source"][number])
+        units[source][why] += 1
+        sizes[source][why] += places.size(number)
+    uses = map(_source_use, units, sizes)
+    return CacheUse(cache=str(places.folders[0].parent), sources=dict(zip(config.sources, uses, strict=True)))
 
 
 def differences(old: Origin, new: Origin) -> tuple[str, ...]:
@@ -90,13 +93,7 @@ def render(use: CacheUse) -> str:
     return "\n".join([*lines, "", f"cache: {escaped(use.cache)}"])
 
 
-def _source_use(places: Sequence[Place], whys: Sequence[tuple[str, ...]], source: int) -> SourceUse:
-    units: Counter[tuple[str, ...]] = Counter()
-    sizes: Counter[tuple[str, ...]] = Counter()
-    for place, why in zip(places, whys, strict=True):
-        if place.source == source:
-            units[why] += 1
-            sizes[why] += place.bytes
+def _source_use(units: Counter[tuple[str, ...]], sizes: Counter[tuple[str, ...]]) -> SourceUse:
     reasons = [Reason(units=units[why], bytes=sizes[why], why=why) for why in units if why != _REUSED]
     return SourceUse(
         reused=Amount(units=units[_REUSED], bytes=sizes[_REUSED]),
@@ -111,18 +108,23 @@ class _Stored:
     Of many that differ from a missing one in the same way only one is kept.
     """
 
-    def __init__(self, cache: Path, missing: Sequence[Place]) -> None:
-        self._by_file: dict[str, dict[str, Origin]] = {place.origin.file: {} for place in missing}
-        self._by_content: dict[str, dict[str, Origin]] = {place.origin.facts["content"]: {} for place in missing}
-        for folder in unit_folders(cache) if missing else ():
+    def __init__(self, places: Places, missing: NDArray[np.int64]) -> None:
+        files, units = places.inputs.files, places.inputs.units
+        contents = np.sort(np.fromiter((units[number].content for number in map(int, missing)), "S32", len(missing)))
+        self._by_file: dict[str, dict[str, Origin]] = {full_name_of(file): {} for file in files}
+        self._by_content: dict[str, dict[str, Origin]] = {}
+        for folder in unit_folders(places.folders[0].parent) if len(missing) else ():
             if (origin := origin_of(folder)) is not None:
                 kind = repr([_settings(origin), origin.facts["tokenizer"], origin.file_sha256, origin.unit_size])
                 self._by_file.get(origin.file, {})[kind] = origin
-                self._by_content.get(origin.facts["content"], {})[kind] = origin
+                content = str(origin.facts["content"])
+                if contents[np.searchsorted(contents[:-1], content.encode())] == content.encode():
+                    self._by_content.setdefault(content, {})[kind] = origin
 
     def why_not(self, wanted: Origin) -> tuple[str, ...]:
         """The differences from the nearest."""
-        near = [*self._by_content[wanted.facts["content"]].values(), *self._by_file[wanted.file].values()]
+        of_content = self._by_content.get(wanted.facts["content"], {})
+        near = [*of_content.values(), *self._by_file[wanted.file].values()]
         found = [differences(stored, wanted) for stored in near]
         return min(found, key=lambda each: (len(each), each), default=_NEVER_SEEN) or _NOT_THERE
 

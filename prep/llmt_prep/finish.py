@@ -1,7 +1,6 @@
 """The last stage: everything of a dataset that is not tokens, then the manifest, and with it the digest."""
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,18 +48,17 @@ def write_companions(
     for name, content in tokenizer.files.items():
         durable.write(data / "tokenizer" / name, content)
     sources = list(mix["sources"])
-    first_document = {(unit.source, unit.path): unit.file_document for unit in corpus.units}
-    records = Counter[tuple[int, str]]()
-    for index, unit in enumerate(corpus.units):
-        records[unit.source, unit.path] += corpus.open_unit(index).meta.lines
+    number_of = {named: number for number, named in enumerate(zip(*corpus.files[:2], strict=True))}
+    numbers = [number_of[file.source, file.name] for file in files]
+    first, records = corpus.files.first_record[:-1], np.diff(corpus.files.first_record)
     table = pa.table(
         {
             "source": _strings(sources[file.source] for file in files),
             "path": _strings(file.name for file in files),
             "bytes": _integers(file.bytes for file in files),
             "sha256": _strings(file.sha256 for file in files),
-            "first_document": _integers(first_document[file.source, file.name] for file in files),
-            "records": _integers(records[file.source, file.name] for file in files),
+            "first_document": _integers(first[numbers]),
+            "records": _integers(records[numbers]),
         }
     )
     with durable.writing(data / "files.parquet") as out:
@@ -83,12 +81,12 @@ def _integers(values: Iterable[int]) -> pa.Array:
 def _write_quarantine(path: Path, sources: list[str], corpus: Corpus) -> None:
     """One line for each bad record: source, file, record (from 0: a line or row number), reason, preview."""
     with durable.writing(path) as out:
-        for unit in corpus.units:
-            for bad in read_quarantine(Path(unit.directory)):
+        for unit in map(int, np.flatnonzero(corpus.units["bad"])):
+            for bad in read_quarantine(corpus.directory(unit)):
                 line = {
-                    "source": sources[unit.source],
-                    "file": unit.path,
-                    "record": unit.records_before + bad.record,
+                    "source": sources[corpus.units["source"][unit]],
+                    "file": corpus.files.names[corpus.file(unit)],
+                    "record": corpus.record_in_file(unit) + bad.record,
                     "reason": bad.reason,
                     "preview": bad.preview,
                 }

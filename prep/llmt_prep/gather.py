@@ -5,6 +5,7 @@ depends neither on the sizes of units nor on their number.
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 from types import ModuleType
 from typing import NamedTuple
 
@@ -79,7 +80,7 @@ def gather(rows: NDArray[np.integer], segments: Segments, corpus: Corpus, kernel
         kernels.copy_segments(rows.reshape(-1), place[mine], tokens.view(np.ndarray), source, length[mine])
         mapped.release(tokens)
         origin.document[order[mine]] = _numbers(document[mine], unit, corpus)
-        origin.source[order[mine]] = corpus.units[unit].source
+        origin.source[order[mine]] = corpus.units["source"][unit]
     return origin
 
 
@@ -95,18 +96,19 @@ def places(segments: Segments, row_length: int) -> tuple[NDArray[np.int64], NDAr
 
 def _windows(address: NDArray[np.int64], token_borders: NDArray[np.int64]) -> Iterator[tuple[int, slice]]:
     """Cut sorted addresses where a unit ends, and within it where they spread over `WINDOW`; yields (unit, which)."""
-    cuts = np.searchsorted(address, token_borders)
-    for unit in np.flatnonzero(np.diff(cuts)).tolist():
-        start, end = int(cuts[unit]), int(cuts[unit + 1])
-        while start < end:
-            stop = start + int(np.searchsorted(address[start:end], address[start] + WINDOW))
-            yield unit, slice(start, stop)
-            start = stop
+    unit_of = np.searchsorted(token_borders, address, "right") - 1  # not the other way: there may be millions of units
+    cuts = [0, *(np.flatnonzero(np.diff(unit_of)) + 1).tolist(), len(address)] if len(address) else []
+    for start, end in pairwise(cuts):
+        stop = start
+        while stop < end:
+            first = stop
+            stop += int(np.searchsorted(address[first:end], address[first] + WINDOW))
+            yield int(unit_of[start]), slice(first, stop)
 
 
 def _numbers(document: NDArray[np.int64], unit: int, corpus: Corpus) -> NDArray[np.uint64]:
     """Provenance numbers of documents of one unit."""
-    entry, records = corpus.units[unit], corpus.open_unit(unit).records
+    records = corpus.open_unit(unit).records
     number: NDArray[np.uint64] = records[document - corpus.document_borders[unit]].astype(np.uint64)
     mapped.release(records)
-    return number + np.uint64(entry.file_document + entry.records_before)
+    return number + np.uint64(corpus.units["first_record"][unit])

@@ -1,15 +1,17 @@
 """Hashes of input files and of their units: made in one read where a file allows it, and remembered.
 
 What is remembered of a file counts while its size, time and inode stay. The index is one file that is replaced whole:
-of two runs that write it at once the later wins, and what it lacks, like an index that is torn or damaged, costs
-hashing again and nothing else.
+of two runs that write it at once the later wins, and what it lacks, like a line that is damaged, costs hashing again
+and nothing else. After its head it has one line for each file, so that no more than one is ever in memory.
 """
 
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from base64 import b64decode, b64encode
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from struct import Struct
 from typing import NamedTuple, TypedDict
 
 import xxhash
@@ -27,8 +29,8 @@ IN_PROCESS_BYTES = 1 << 30
 """Less than this is read in this process: starting others takes as long."""
 _REQUEST_BYTES = 16 << 20
 """Bytes that are read while a store is asked for one object."""
-_VERSION = 1
-"""Of the index; raised when it says other things, or files are cut into units in another way."""
+_HEAD = b"llmt hashes 2\n"
+"""Of the index; its number is raised when it says other things, or files are cut into units in another way."""
 _CUTS_OF_A_FILE = 4
 _OTHER_FILES = 20_000
 """Files of other mixes that the index keeps."""
@@ -44,22 +46,44 @@ class UnitHash(NamedTuple):
     content: str
 
 
+_PACKED = Struct("<qq16s")
+"""A `UnitHash`."""
+
+
 class FileHashes(NamedTuple):
     """What hashing a file gives."""
 
     sha256: str
-    units: tuple[UnitHash, ...]
+    packed: bytes
+    """Its units, of which there may be very many; 32 bytes each."""
+
+    @property
+    def num_units(self) -> int:
+        """Units of the file."""
+        return len(self.packed) // _PACKED.size
+
+    def unit(self, number: int) -> UnitHash:
+        """Return one of the units."""
+        start, stop, content = _PACKED.unpack_from(self.packed, number * _PACKED.size)
+        return UnitHash(start, stop, content.hex())
+
+    @property
+    def units(self) -> list[UnitHash]:
+        """All of them, in the order of the file."""
+        return [self.unit(number) for number in range(self.num_units)]
 
 
 class Entry(TypedDict):
-    """What the index says of one file, under its absolute path or URL."""
+    """What the index says of one file."""
 
+    name: str
+    """Absolute path or URL."""
     bytes: int
     mtime_ns: int
     inode: int
     sha256: str
-    units: dict[str, list[UnitHash]]
-    """By reader and unit size; the newest last."""
+    units: dict[str, str]
+    """`FileHashes.packed` in base64, by reader and unit size; the newest last."""
 
 
 class Job(NamedTuple):
@@ -90,8 +114,7 @@ def hash_inputs(
     Raises:
         DataError: a file is broken, or changes while it is read.
     """
-    entries = {} if rehash else read_index(index)
-    known = {job: found for job in jobs if (found := _known(job, entries)) is not None}
+    known = {} if rehash else _known(jobs, read_index(index))
     missing = [job for job in dict.fromkeys(jobs) if job not in known]
     total, now = sum(job.file.bytes for job in missing), time.time_ns()
     new: dict[Job, FileHashes] = {}
@@ -123,7 +146,15 @@ def hash_input(job: Job) -> FileHashes:
     else:
         sha256, contents = hash_file(job.file.path), [hash_content(unit) for unit in units]
     check_unchanged([job.file])
-    return _file_hashes(sha256, units, contents)
+    return file_hashes(sha256, units, contents)
+
+
+def file_hashes(sha256: str, units: Iterable[Unit], contents: Iterable[str]) -> FileHashes:
+    """Put together the hashes of a file, of its units and of their contents."""
+    packed = bytearray()
+    for unit, content in zip(units, contents, strict=True):
+        packed += _PACKED.pack(unit.start, unit.stop, bytes.fromhex(content))
+    return FileHashes(sha256, bytes(packed))
 
 
 def hash_file(path: str) -> str:
@@ -132,56 +163,79 @@ def hash_file(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_index(path: Path) -> dict[str, Entry]:
-    """Return what the index says, by absolute path or URL; nothing where it is not whole or of another version."""
+def read_index(path: Path) -> Iterator[Entry]:
+    """Yield what the index says, file by file, but for damaged lines; nothing where it is of another version."""
     try:
-        head, _, body = path.read_bytes().partition(b"\n")
-        entries: dict[str, Entry] = json.loads(body) if head == _head(body) else {}
+        with path.open("rb") as lines:
+            for line in lines if lines.read(len(_HEAD)) == _HEAD else ():
+                checksum, _, body = line.partition(b" ")
+                if checksum == xxhash.xxh3_128_hexdigest(body).encode():
+                    yield json.loads(body)
     except OSError:
-        return {}
-    return entries
+        return
 
 
 def write_index(path: Path, new: Mapping[Job, FileHashes], used: Sequence[FileStat]) -> None:
     """Add hashes to the index, as it is now; files not in ``used`` go, the oldest first, where there are too many."""
-    entries = read_index(path)
+    jobs: dict[str, list[Job]] = {}
+    for job in new:
+        jobs.setdefault(_name(job.file), []).append(job)
+    names, old, num_others = {_name(stat) for stat in used}, dict[str, Entry](), 0
+    for entry in read_index(path):
+        num_others += entry["name"] not in names
+        if entry["name"] in jobs:
+            old[entry["name"]] = entry
+    spare = max(num_others - _OTHER_FILES, 0)
+    with durable.writing(path) as file:
+        file.write(_HEAD)
+        for entry in read_index(path):
+            is_spare = spare > 0 and entry["name"] not in names
+            spare -= is_spare
+            if not is_spare and entry["name"] not in jobs:
+                file.write(_line(entry))
+        for name, of_file in jobs.items():
+            file.write(_line(_entry(name, old.get(name), {job: new[job] for job in of_file})))
+
+
+def _entry(name: str, old: Entry | None, new: Mapping[Job, FileHashes]) -> Entry:
+    """A file's new line, from what the index said of it and some cuts of it."""
+    (stat, *_), (sha256, *_) = [job.file for job in new], [hashes.sha256 for hashes in new.values()]
+    cuts = dict(old["units"]) if old and _is_of(old, stat) and old["sha256"] == sha256 else {}
     for job, hashes in new.items():
-        name, stat = _name(job.file), job.file
-        old = entries.pop(name, None)
-        cuts = old["units"] if old and _is_of(old, stat) and old["sha256"] == hashes.sha256 else {}
-        cuts = {cut: units for cut, units in cuts.items() if cut != job.cut} | {job.cut: list(hashes.units)}
-        entries[name] = Entry(
-            bytes=stat.bytes,
-            mtime_ns=stat.mtime_ns,
-            inode=stat.inode,
-            sha256=hashes.sha256,
-            units=dict(list(cuts.items())[-_CUTS_OF_A_FILE:]),
-        )
-    names = {_name(stat) for stat in used}
-    others = [name for name in entries if name not in names]
-    for name in others[: max(len(others) - _OTHER_FILES, 0)]:
-        del entries[name]
-    body = json.dumps(entries).encode()  # json, not orjson: a path may hold what is no UTF-8
-    durable.write(path, _head(body) + b"\n" + body)
+        cuts.pop(job.cut, None)  # the newest last
+        cuts[job.cut] = b64encode(hashes.packed).decode()
+    return Entry(
+        name=name,
+        bytes=stat.bytes,
+        mtime_ns=stat.mtime_ns,
+        inode=stat.inode,
+        sha256=sha256,
+        units=dict(list(cuts.items())[-_CUTS_OF_A_FILE:]),
+    )
+
+
+def _line(entry: Entry) -> bytes:
+    body = json.dumps(entry).encode() + b"\n"  # json, not orjson: a path may hold what is no UTF-8
+    return xxhash.xxh3_128_hexdigest(body).encode() + b" " + body
 
 
 def _hash_object(job: Job) -> FileHashes:
     with fetched(job.file) as (copy, sha256):
         check_unchanged([job.file])
         units = documents.split_into_units(job.file.path, job.reader, job.unit_size, copy)
-        return _file_hashes(sha256, units, [hash_content(unit) for unit in units])
+        return file_hashes(sha256, units, [hash_content(unit) for unit in units])
 
 
-def _file_hashes(sha256: str, units: Sequence[Unit], contents: Sequence[str]) -> FileHashes:
-    found = zip(units, contents, strict=True)
-    return FileHashes(sha256, tuple(UnitHash(unit.start, unit.stop, content) for unit, content in found))
-
-
-def _known(job: Job, entries: Mapping[str, Entry]) -> FileHashes | None:
-    entry = entries.get(_name(job.file))
-    if entry is None or not _is_of(entry, job.file) or job.cut not in entry["units"]:
-        return None
-    return FileHashes(entry["sha256"], tuple(UnitHash(*unit) for unit in entry["units"][job.cut]))
+def _known(jobs: Iterable[Job], index: Iterable[Entry]) -> dict[Job, FileHashes]:
+    by_name: dict[str, list[Job]] = {}
+    for job in dict.fromkeys(jobs):
+        by_name.setdefault(_name(job.file), []).append(job)
+    return {
+        job: FileHashes(entry["sha256"], b64decode(entry["units"][job.cut]))
+        for entry in index
+        for job in by_name.get(entry["name"], ())
+        if _is_of(entry, job.file) and job.cut in entry["units"]
+    }
 
 
 def _is_of(entry: Entry, file: FileStat) -> bool:
@@ -190,10 +244,6 @@ def _is_of(entry: Entry, file: FileStat) -> bool:
 
 def _name(file: FileStat) -> str:
     return documents.full_name(file.path)
-
-
-def _head(body: bytes) -> bytes:
-    return f"llmt hashes {_VERSION} {xxhash.xxh3_128_hexdigest(body)}".encode()
 
 
 def _hash_tiles(units: Sequence[Unit]) -> tuple[str, list[str]]:

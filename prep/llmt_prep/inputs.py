@@ -4,7 +4,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from stat import S_ISREG
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex, overload
+
+import numpy as np
 
 from llmt_prep import documents
 from llmt_prep.config import MixConfig, SourceConfig
@@ -19,7 +21,7 @@ HASHES = "hashes"
 """Name of the index in the cache."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class InputFile(FileStat):
     """One file of one source."""
 
@@ -46,9 +48,48 @@ class Inputs:
     """All files of a mix in the order of its sources, their units, and the commits of hub datasets by source name."""
 
     files: tuple[InputFile, ...]
-    units: tuple[InputUnit, ...]
+    units: Sequence[InputUnit]
     """In the order of files and of places in them."""
     commits: dict[str, str]
+
+
+class HashedUnits(Sequence[InputUnit]):
+    """The units of files, 32 bytes each: what is said of one is put together when it is asked for."""
+
+    def __init__(self, jobs: Sequence[Job], hashes: Sequence[FileHashes]) -> None:
+        """``hashes`` are those of ``jobs``, one by one."""
+        self._jobs, self._hashes = jobs, hashes
+        self._first = np.cumsum([0, *(each.num_units for each in hashes)])
+
+    def __len__(self) -> int:
+        """All of them."""
+        return int(self._first[-1])
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> InputUnit: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[InputUnit, ...]: ...
+
+    def __getitem__(self, index: SupportsIndex | slice) -> InputUnit | tuple[InputUnit, ...]:
+        """The unit of this number."""
+        if isinstance(index, slice):
+            return tuple(self[number] for number in range(*index.indices(len(self))))
+        number = range(len(self))[index]
+        file = int(np.searchsorted(self._first, number, "right")) - 1
+        return self._unit(file, number - int(self._first[file]))
+
+    def __iter__(self) -> Iterator[InputUnit]:
+        """Yield each, which is faster than asking for it."""
+        for file, each in enumerate(self._hashes):
+            for number in range(each.num_units):
+                yield self._unit(file, number)
+
+    def _unit(self, file: int, number: int) -> InputUnit:
+        job, hashes = self._jobs[file], self._hashes[file]
+        start, stop, content = hashes.unit(number)
+        unit = Unit(job.file.path, job.reader, start, stop)
+        return InputUnit(file, unit, content, span_of(unit, job.file.bytes, number, hashes.num_units))
 
 
 def reading_of(config: MixConfig, source: SourceConfig) -> Reading:
@@ -80,7 +121,7 @@ def find_inputs(config: MixConfig, cache: Path, executor: Executor, *, rehash: b
     jobs = [_job(file, readings[file.source].reader, config.unit_size) for file in files]
     hashes = hash_inputs(jobs, cache / HASHES, executor, rehash=rehash, remember=remember)
     hashed = tuple(replace(file, sha256=each.sha256) for file, each in zip(files, hashes, strict=True))
-    return Inputs(hashed, tuple(_units(jobs, hashes)), commits)
+    return Inputs(hashed, HashedUnits(jobs, hashes), commits)
 
 
 def list_files(config: MixConfig, cache: Path) -> tuple[list[InputFile], dict[str, str]]:
@@ -115,13 +156,6 @@ def _named_files(index: int, source: SourceConfig, reading: Reading) -> Iterator
 def _job(file: InputFile, reader: str, unit_size: int) -> Job:
     stat = FileStat(file.path, file.bytes, file.mtime_ns, file.inode)
     return Job(stat, documents.reader_for(file.path, reader), unit_size)
-
-
-def _units(jobs: Sequence[Job], hashes: Sequence[FileHashes]) -> Iterator[InputUnit]:
-    for index, (job, each) in enumerate(zip(jobs, hashes, strict=True)):
-        for number, (start, stop, content) in enumerate(each.units):
-            unit = Unit(job.file.path, job.reader, start, stop)
-            yield InputUnit(index, unit, content, span_of(unit, job.file.bytes, number, len(each.units)))
 
 
 def span_of(unit: Unit, size: int, number: int, num_units: int) -> tuple[int, int]:

@@ -10,16 +10,14 @@
 so that a lost or repeated token anywhere breaks a sum.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 
 from pydantic import Field
 
 from llmt_prep.config import MixConfig
 from llmt_prep.corpus import Corpus
 from llmt_prep.selection import Selected
-from llmt_prep.store import LEFT_OUT
+from llmt_prep.store import COUNTED, LEFT_OUT
 from llmt_prep.tally import Tally
 from llmt_shared.config import StrictModel
 
@@ -137,11 +135,7 @@ def source_ledgers(
         tallies: by split, what was handed to the packer from each source.
         in_rows: by split, tokens of each source counted in the finished arrays.
     """
-    counts = [Counter[str]() for _ in config.sources]
-    for index, unit in enumerate(corpus.units):
-        counts[unit.source].update(
-            {key: value for key, value in asdict(corpus.open_unit(index).meta).items() if isinstance(value, int)}
-        )
+    counts = [dict(zip(COUNTED, of_source, strict=True)) for of_source in corpus.counts.tolist()]
     books = {}
     for source, name in enumerate(config.sources):
         found = selected.surveys[source]

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,16 +29,17 @@ from llmt_prep.documents import check_unchanged
 from llmt_prep.executor import Executor, local, opened
 from llmt_prep.explain import CacheUse, cache_use
 from llmt_prep.guard import inexact_engines
-from llmt_prep.ingest import place_units, tokenize_inputs
+from llmt_prep.ingest import tokenize_inputs
 from llmt_prep.inputs import Inputs, find_inputs
 from llmt_prep.ledger import Ledger, SplitLedger, mistakes, source_ledgers
+from llmt_prep.places import place_units, with_formats
 from llmt_prep.plan import Plan, describe
 from llmt_prep.recipe import recipe_of
 from llmt_prep.report import count, percent
 from llmt_prep.rows import is_planned, load_rows, write_rows
 from llmt_prep.selection import Selected, select, windows_of_splits
 from llmt_prep.shards import SplitTask, Totals
-from llmt_prep.store import token_dtype
+from llmt_prep.store import COUNTED, token_dtype
 from llmt_prep.tokenizer import LoadedTokenizer, load_tokenizer
 from llmt_shared import __version__, durable
 from llmt_shared.errors import ConfigError, FormatError
@@ -143,14 +144,15 @@ def explain_cache(config: MixConfig, *, workers: int | None = None, rehash: bool
     with being_read(cache), _opened(config, workers, [path for path in [lock_of(cache)] if path.exists()]) as executor:
         inputs = find_inputs(config, cache, executor, rehash=rehash, remember=is_cache(cache))
         inexact = inexact_engines(tokenizer_directory(cache, tokenizer.digest))
-        return cache_use(config, place_units(config, inputs, tokenizer, cache), cache, inexact, executor)
+        return cache_use(config, place_units(config, inputs, tokenizer, cache), inexact, executor)
 
 
 def units_of(config: MixConfig, *, workers: int | None = None) -> set[str]:
     """Return the keys of the units that a mix is made of, in the cache or not; always found out on this machine."""
     executor = local(workers or config.workers)
     inputs = find_inputs(config, cache_of(config), executor, rehash=False, remember=False)
-    return {place.directory.name for place in place_units(config, inputs, _tokenizer(config), cache_of(config))}
+    places = place_units(config, inputs, _tokenizer(config), cache_of(config))
+    return {places.key(number).hex() for number in range(len(places))}
 
 
 def _build(config: MixConfig, executor: Executor, force: bool, rehash: bool) -> Built:
@@ -158,7 +160,7 @@ def _build(config: MixConfig, executor: Executor, force: bool, rehash: bool) -> 
     tokenizer = _tokenizer(config)
     with clock("hash"):
         inputs = find_inputs(config, cache_of(config), executor, rehash=rehash, remember=True)
-    config = _with_formats(config, inputs)
+    config = with_formats(config, inputs)
     mix = resolved(config, inputs.commits, tokenizer.commit)
     recipe = recipe_of(mix, inputs.files, tokenizer.digest)
     work = staging.work_of(config.output)
@@ -171,6 +173,7 @@ def _build(config: MixConfig, executor: Executor, force: bool, rehash: bool) -> 
         say(f"going on with {directory}")
     with clock("tokenize"):
         corpus = tokenize_inputs(config, inputs, tokenizer, cache_of(config), executor)
+    inputs = replace(inputs, units=())  # there may be millions
     check_unchanged(inputs.files)
     with clock("plan"):
         selected = select(config, corpus)
@@ -230,14 +233,6 @@ def _tell_of_template(config: MixConfig, tokenizer: LoadedTokenizer) -> None:
             say(line)
 
 
-def _with_formats(config: MixConfig, inputs: Inputs) -> MixConfig:
-    if config.kind == "pretrain":
-        return config
-    from llmt_prep.chat.settings import with_formats  # text needs no templates
-
-    return with_formats(config, inputs)
-
-
 def _check_output(output: Location) -> None:
     """Before hours of work: what cannot be replaced is not written over, with or without force."""
     if isinstance(output, ObjectPath):
@@ -280,9 +275,9 @@ def _sound(output: Location, recipe: str, way_out: str) -> Built:
 
 def _plan_rows(config: MixConfig, directory: Path, corpus: Corpus, selected: Selected) -> list[str]:
     """Write the row plan of each split that has documents; returns their names."""
-    if not corpora.is_saved(corpus, directory / "corpus.json"):
+    if not corpora.is_saved(corpus, corpora.saved_in(directory)):
         staging.forget_plan(directory)
-        corpora.save(corpus, directory / "corpus.json")
+        corpora.save(corpus, corpora.saved_in(directory))
     windows = windows_of_splits(config, corpus, selected)
     if config.holdout.fraction and "validation" not in windows:
         say(f"no document is held out: {config.holdout.fraction:g} of {corpus.num_documents} documents hit none")
@@ -364,15 +359,15 @@ def _header(config: MixConfig, tokenizer: LoadedTokenizer, recipe: str, totals: 
 def _run_report(started: str, clock: _Clock, executor: Executor, tokenizer: LoadedTokenizer, corpus: Corpus) -> str:
     """What neither the manifest nor the digest covers; of units, those of earlier runs too, where they were reused."""
     packages = ("numpy", "tokenizers", "fastokens", "pyarrow", "numba")
-    metas = [corpus.open_unit(unit).meta for unit in range(len(corpus.units))]
+    counted = dict(zip(COUNTED, corpus.counts.sum(axis=0).tolist(), strict=True))
     report = {
         "started": started,
         "seconds": clock.seconds,
         **executor.report(),
-        "units_by_engine": Counter(meta.engine for meta in metas),
+        "units_by_engine": corpus.engines,
         "guard": {
-            "documents_compared": sum(meta.compared for meta in metas),
-            "batches_fallen_back": sum(meta.fallbacks for meta in metas),
+            "documents_compared": counted["compared"],
+            "batches_fallen_back": counted["fallbacks"],
         },
         "host": socket.gethostname(),
         "python": platform.python_version(),

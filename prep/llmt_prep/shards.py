@@ -170,7 +170,7 @@ def write_shard(task: SplitTask, shard: int, num_segments: int | None = None) ->
     if not staging.is_of(Path(task.staging), task.recipe):
         raise DataError(f"{task.staging}: is not of this run any more; run the same command again")
     plan = load_rows(task.plan_directory)
-    corpus = corpora.load(Path(task.staging) / "corpus.json", task.num_sources)
+    corpus = corpora.load(corpora.saved_in(Path(task.staging)))
     kernels = kernels_for(len(plan.length) if num_segments is None else num_segments)
     buffer = _buffer(_rows_per_block(task), task.length, task.dtype)
     with durable.writing(task.sidecar(shard)) as sidecar:

@@ -25,7 +25,8 @@ from llmt_shared.objects import Location
 
 _NOTE = "recipe.json"
 _REPLACED = "replaced"
-_OURS = {_NOTE, _REPLACED, "corpus.json", "rows", "journal", "data"}
+_OURS = {_NOTE, _REPLACED, "corpus", "corpus.json", "rows", "journal", "data"}
+"""`corpus.json` was written by earlier versions."""
 _HOLDER = "process "
 
 
@@ -184,8 +185,8 @@ def is_of(staging: Path, recipe: str) -> bool:
 
 def forget_plan(staging: Path) -> None:
     """Remove what was made of another corpus: the plan, and all that was gathered by it."""
-    (staging / "corpus.json").unlink(missing_ok=True)  # first: without it nothing is gone on with
-    for folder in (staging / "rows", staging / "journal", staging / "data"):
+    (staging / "corpus" / "corpus.json").unlink(missing_ok=True)  # first: without it nothing is gone on with
+    for folder in (staging / name for name in ("corpus", "rows", "journal", "data")):
         if folder.exists():
             shutil.rmtree(folder)
 

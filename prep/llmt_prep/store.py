@@ -175,6 +175,11 @@ def token_dtype(max_id: int) -> np.dtype[Any]:
     return np.dtype("<u2" if max_id <= 65_535 else "<u4")
 
 
+def unit_folder(folder: Path, key: str) -> Path:
+    """Return where a unit lies below a folder of many: its name is its key."""
+    return folder / key[:2] / key
+
+
 def open_unit(path: Path) -> StoreUnit:
     """Open a unit; nothing is read but its counts.
 

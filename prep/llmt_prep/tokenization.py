@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -118,10 +119,17 @@ def unit_facts(
         "content": content_hash,
         "range": [unit.start, unit.stop],
         "compression": compression(unit.path),
-        "reading": {**asdict(reading), "reader": unit.reader},
+        "reading": {**_as_json(reading), "reader": unit.reader},
         "tokenizer": [tokenizer.digest, tokenizer.bos_id, tokenizer.eos_id],
-        "settings": json.loads(json.dumps(asdict(settings))),  # as they are read back
+        "settings": _as_json(settings),
     }
+
+
+@lru_cache(maxsize=256)  # asked for every unit
+def _as_json(settings: "Reading | TextSettings | ChatSettings") -> dict[str, Any]:
+    """As they are read back; not to be changed."""
+    found: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
+    return found
 
 
 def unit_key(facts: Mapping[str, Any]) -> str:

@@ -134,7 +134,7 @@ def _places(folder: Path, home: Path) -> dict[str, int]:
     found = {
         "input": _bytes(folder / "text"),
         "cache": _bytes(home / "cache"),
-        "plan": _bytes(staging / "rows") + _bytes(staging / "corpus.json"),
+        "plan": _bytes(staging / "rows") + _bytes(staging / "corpus"),
         "sidecars": _bytes(staging / "journal"),
         "dataset": _bytes(staging / "data") + _bytes(home / "dataset"),
     }

@@ -68,16 +68,16 @@ def _watch(process: subprocess.Popen[bytes]) -> tuple[int, int]:
     rss = pss = 0
     next_pss = time.perf_counter()
     while process.poll() is None:
-        family = list(_family(process.pid))
-        rss = max(rss, sum(_kilobytes(pid, "status", "VmRSS:") for pid in family))
+        pids = list(family(process.pid))
+        rss = max(rss, sum(kilobytes(pid, "status", "VmRSS:") for pid in pids))
         if time.perf_counter() >= next_pss:
-            pss = max(pss, sum(_kilobytes(pid, "smaps_rollup", "Pss:") for pid in family))
+            pss = max(pss, sum(kilobytes(pid, "smaps_rollup", "Pss:") for pid in pids))
             next_pss = time.perf_counter() + PSS_SECONDS
         time.sleep(RSS_SECONDS)
     return rss * 1024, pss * 1024
 
 
-def _family(pid: int) -> Iterator[int]:
+def family(pid: int) -> Iterator[int]:
     """A process and its descendants; one that has ended has none."""
     yield pid
     for children in Path(f"/proc/{pid}/task").glob("*/children"):
@@ -86,10 +86,10 @@ def _family(pid: int) -> Iterator[int]:
         except OSError:  # ended meanwhile
             continue
         for child in numbers:
-            yield from _family(int(child))
+            yield from family(int(child))
 
 
-def _kilobytes(pid: int, file: str, key: str) -> int:
+def kilobytes(pid: int, file: str, key: str) -> int:
     try:
         lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
     except OSError:  # ended meanwhile

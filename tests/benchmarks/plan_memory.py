@@ -17,13 +17,13 @@ import numpy as np
 
 from llmt_prep import corpus as corpora
 from llmt_prep.config import MixConfig
-from llmt_prep.corpus import Corpus, UnitEntry
 from llmt_prep.packing import best_fit_decreasing
 from llmt_prep.rows import load_rows, write_rows
 from llmt_prep.selection import select, windows_of_splits
+from llmt_prep.store import unit_folder
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from synthetic_corpus import CONTENT, write_unit
+from synthetic_corpus import key_of, write_unit
 
 UNIT = 500_000
 """Documents of a unit."""
@@ -74,7 +74,7 @@ def measure(folder: Path, mix: str) -> dict[str, float]:
         {"output": str(folder), "tokenizer": "none", "sequence": {"length": 8192}, "holdout": {"fraction": 0.001}}
         | MIXES[mix]
     )
-    corpus = corpora.load(folder / "corpus.json", len(config.sources))
+    corpus = corpora.load(corpora.saved_in(folder))
     best_fit_decreasing(np.ones(2, np.int32), 2)  # compiled before the clock starts
     start, started = resident("VmHWM"), time.monotonic()
     selected = select(config, corpus)
@@ -102,18 +102,19 @@ def resident(field: str) -> float:
 
 def write_corpus(folder: Path, documents: int, parts: list[float]) -> None:
     """Write units of the token store and the list of them."""
-    units: list[UnitEntry] = []
+    units: list[tuple[int, str]] = []
     rng = np.random.default_rng(0)
     for source, part in enumerate(parts):
         left = int(documents * part)
         while left:
-            unit = folder / f"unit-{len(units)}"
             count = min(left, UNIT)
             lengths = np.minimum(rng.lognormal(6, 1.2, count) + 1, 1 << 20).astype("<u4")  # like the web's
-            tokens = write_unit(unit, lengths, rng.integers(0, 1 << 64, count, "<u8"))
-            units.append(UnitEntry(str(unit), source, f"file-{source}", count, tokens, 0, 0, False, CONTENT))
+            key = key_of(len(units))
+            write_unit(unit_folder(folder, key), lengths, rng.integers(0, 1 << 64, count, "<u8"))
+            units.append((source, key))
             left -= count
-    corpora.save(Corpus(tuple(units), len(parts)), folder / "corpus.json")
+    files = [(source, f"file-{source}") for source in range(len(parts))]
+    corpora.save(corpora.read_corpus(folder, files, units), corpora.saved_in(folder))
 
 
 if __name__ == "__main__":

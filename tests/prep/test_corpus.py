@@ -61,13 +61,40 @@ def test_a_document_has_a_place_in_its_file(tmp_path: Path) -> None:
 
 def test_a_column_that_ends_early_is_refused(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path, LENGTHS, 20)
-    (tmp_path / "unit-0" / "lengths").write_bytes(b"1234" * 6)
+    (corpus.directory(0) / "lengths").write_bytes(b"1234" * 6)
     assert len(corpus.lengths(0, 6)) == 6
-    with pytest.raises(FormatError, match=r"unit-0/lengths: ends before document 7; delete this folder"):
+    with pytest.raises(FormatError, match=r"00/lengths: ends before document 7; delete this folder"):
         corpus.lengths(5, 8)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
+@pytest.mark.parametrize("name", ["units.bin", "documents.bin", "tokens.bin", "corpus.json"])
+def test_a_saved_corpus_that_is_damaged_is_not_taken_for_the_same(tmp_path: Path, name: str, damage: str) -> None:
+    corpus, path = write_corpus(tmp_path, LENGTHS, 4), tmp_path / "saved" / name
+    corpora.save(corpus, tmp_path / "saved")
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(content[:-1] if damage == "cut" else content[:-1] + bytes([content[-1] ^ 1]))
+    assert not corpora.is_saved(corpus, tmp_path / "saved")
+    corpora.save(corpus, tmp_path / "saved")
+    assert corpora.is_saved(corpus, tmp_path / "saved")
+
+
+def test_another_corpus_is_not_the_saved_one(tmp_path: Path) -> None:
+    corpora.save(write_corpus(tmp_path / "one", LENGTHS, 4), tmp_path / "saved")
+    assert not corpora.is_saved(write_corpus(tmp_path / "other", LENGTHS, 4), tmp_path / "saved")
+    assert not corpora.is_saved(write_corpus(tmp_path / "third", LENGTHS, 5), tmp_path / "saved")
 
 
 def test_a_saved_corpus_loads_the_same(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path, LENGTHS, 4)
-    corpora.save(corpus, tmp_path / "corpus.json")
-    assert corpora.load(tmp_path / "corpus.json", 2) == corpus
+    assert not corpora.is_saved(corpus, tmp_path / "saved")
+    corpora.save(corpus, tmp_path / "saved")
+    assert corpora.is_saved(corpus, tmp_path / "saved")
+    loaded = corpora.load(tmp_path / "saved")
+    for name in ("folders", "num_sources", "has_targets"):
+        assert getattr(loaded, name) == getattr(corpus, name)
+    for name in ("units", "document_borders", "token_borders", "source_borders"):
+        assert np.array_equal(getattr(loaded, name), getattr(corpus, name))

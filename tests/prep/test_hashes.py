@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from llmt_prep import documents, hashes
 from llmt_prep.executor import HERE
-from llmt_prep.hashes import FileStat, Job, hash_file, hash_input, hash_inputs, read_index
+from llmt_prep.hashes import FileStat, Job, UnitHash, hash_file, hash_input, hash_inputs, read_index
 from llmt_prep.tokenization import hash_content
 from llmt_shared.errors import DataError, Stopped
 
@@ -26,6 +26,16 @@ def job(path: Path, unit_size: int = 16, reader: str | None = None) -> Job:
     stat = path.stat()
     reader = reader or documents.reader_for(str(path), "auto")
     return Job(FileStat(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino), reader, unit_size)
+
+
+def sha256_and_units(job: Job) -> tuple[str, list[UnitHash]]:
+    found = hash_input(job)
+    return found.sha256, found.units
+
+
+def names_in(index: Path) -> list[str]:
+    """Files that an index knows, the oldest first."""
+    return [entry["name"] for entry in read_index(index)]
 
 
 def old(path: Path, content: bytes) -> Path:
@@ -56,7 +66,7 @@ def run(index: Path, *jobs: Job, rehash: bool = False) -> list[hashes.FileHashes
 def test_hashes_are_those_of_the_file_and_of_each_unit_alone(tmp_path_factory, lines, unit_size, name):
     path = tmp_path_factory.mktemp("hashes") / name
     path.write_bytes(gzip.compress(b"\n".join(lines)) if name.endswith(".gz") else b"\n".join(lines))
-    sha256, units = hash_input(job(path, unit_size))
+    sha256, units = sha256_and_units(job(path, unit_size))
     assert sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     cut = documents.split_into_units(path, "auto", unit_size)
     assert [tuple(unit) for unit in units] == [(unit.start, unit.stop, hash_content(unit)) for unit in cut]
@@ -65,7 +75,7 @@ def test_hashes_are_those_of_the_file_and_of_each_unit_alone(tmp_path_factory, l
 def test_row_groups_are_hashed_beside_their_file(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": [f"document {i}" for i in range(100)]}), path, row_group_size=30)
-    sha256, units = hash_input(job(path, unit_size=1))
+    sha256, units = sha256_and_units(job(path, unit_size=1))
     assert sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert [unit.content for unit in units] == [
         hash_content(unit) for unit in documents.split_into_units(path, "auto", 1)
@@ -179,9 +189,9 @@ def test_a_flipped_bit_or_a_torn_index_costs_only_hashing(tmp_path_factory, shar
     else:
         content[place] ^= 1 << bit
     index.write_bytes(content)
-    assert read_index(index) == {}
+    assert names_in(index) == []
     assert run(index, job(path)) == [wanted]
-    assert len(read_index(index)) == 1
+    assert names_in(index) == [str(path)]
 
 
 def test_of_two_runs_at_once_neither_loses_what_the_other_remembers(tmp_path, monkeypatch):
@@ -196,7 +206,7 @@ def test_of_two_runs_at_once_neither_loses_what_the_other_remembers(tmp_path, mo
     second_job = job(second)
     monkeypatch.setattr(hashes, "hash_input", meanwhile)
     run(index, job(first))
-    assert read_index(index).keys() == {str(first), str(second)}
+    assert set(names_in(index)) == {str(first), str(second)}
 
 
 def test_the_index_keeps_all_files_of_the_run_and_a_bounded_number_of_others(tmp_path, monkeypatch):
@@ -205,23 +215,46 @@ def test_the_index_keeps_all_files_of_the_run_and_a_bounded_number_of_others(tmp
     for path in paths[:4]:
         run(tmp_path / "index", job(path))
     run(tmp_path / "index", *map(job, paths[4:]))
-    assert [Path(name).name for name in read_index(tmp_path / "index")] == [f"{i}.jsonl" for i in range(2, 7)]
+    assert [Path(name).name for name in names_in(tmp_path / "index")] == [f"{i}.jsonl" for i in range(2, 7)]
 
 
 def test_the_index_keeps_a_bounded_number_of_unit_sizes(tmp_path):
     path = old(tmp_path / "a.jsonl", b"{}\n" * 9)
     for unit_size in range(1, 9):
         run(tmp_path / "index", job(path, unit_size))
-    (entry,) = read_index(tmp_path / "index").values()
+    (entry,) = read_index(tmp_path / "index")
     assert list(entry["units"]) == ["jsonl 5", "jsonl 6", "jsonl 7", "jsonl 8"]
 
 
-def test_the_index_is_a_line_and_json(tmp_path):
+def test_the_index_has_a_line_of_json_for_each_file(tmp_path):
+    paths = [old(tmp_path / name, b"{}\n") for name in ("a.jsonl", "b.jsonl")]
+    run(tmp_path / "index", *map(job, paths))
+    head, *lines = (tmp_path / "index").read_bytes().splitlines()
+    assert head == b"llmt hashes 2"
+    for path, line in zip(paths, lines, strict=True):
+        entry = json.loads(line.split(b" ", 1)[1])
+        assert (entry["name"], entry["sha256"]) == (str(path), hash_file(str(path)))
+
+
+def test_a_damaged_line_costs_hashing_its_own_file_again(tmp_path, hashed):
+    paths = [old(tmp_path / name, b"{}\n") for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
+    wanted = run(tmp_path / "index", *map(job, paths))
+    lines = (tmp_path / "index").read_bytes().splitlines(keepends=True)
+    lines[2] = lines[2].replace(b"sha256", b"sha255")
+    (tmp_path / "index").write_bytes(b"".join(lines))
+    hashed.clear()
+    assert run(tmp_path / "index", *map(job, paths)) == wanted
+    assert hashed == ["b.jsonl"]
+
+
+def test_an_index_of_another_version_is_not_read(tmp_path, hashed):
     path = old(tmp_path / "a.jsonl", b"{}\n")
     run(tmp_path / "index", job(path))
-    head, body = (tmp_path / "index").read_bytes().split(b"\n", 1)
-    assert head.startswith(b"llmt hashes 1 ")
-    assert json.loads(body)[str(path)]["sha256"] == hash_file(str(path))
+    content = (tmp_path / "index").read_bytes()
+    (tmp_path / "index").write_bytes(content.replace(b"llmt hashes 2\n", b"llmt hashes 3\n"))
+    run(tmp_path / "index", job(path))
+    assert hashed == ["a.jsonl", "a.jsonl"]
+    assert (tmp_path / "index").read_bytes() == content
 
 
 def test_hashes_of_another_cut_go_when_the_content_changed_unseen(tmp_path):

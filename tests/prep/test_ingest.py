@@ -81,14 +81,18 @@ def test_one_bad_record_too_many_stops_the_run(mix: dict[str, Any], tmp_path: Pa
         tokenize(mix | {"max_bad": max_bad}, cache)
 
 
+def directories(corpus: Corpus) -> list[Path]:
+    return [corpus.directory(unit) for unit in range(len(corpus.units))]
+
+
 def test_a_file_that_grew_is_tokenized_again_only_at_its_end(mix: dict[str, Any], tmp_path: Path) -> None:
     source, cache = tmp_path / "a.jsonl", tmp_path / "cache"
     lines = [json.dumps({"text": f"document {i} " * 10}) + "\n" for i in range(200)]
     source.write_text("".join(lines))
     mix |= {"sources": {"a": {"path": str(source)}}, "unit_size": 2000}
-    before = {unit.directory for unit in tokenize(mix, cache).units}
+    before = set(directories(tokenize(mix, cache)))
     source.write_text("".join([*lines, '{"text": "one more"}\n']))
-    grown = [unit.directory for unit in tokenize(mix, cache).units]
+    grown = directories(tokenize(mix, cache))
     assert set(grown[:-2]) <= before
     assert grown[-1] not in before
 
@@ -98,9 +102,9 @@ def test_an_edited_line_is_tokenized_again_with_its_unit_alone(mix: dict[str, An
     lines = [json.dumps({"text": f"document {i:03} " * 10}) + "\n" for i in range(200)]
     source.write_text("".join(lines))
     mix |= {"sources": {"a": {"path": str(source)}}, "unit_size": 2000}
-    before = [unit.directory for unit in tokenize(mix, cache).units]
+    before = directories(tokenize(mix, cache))
     source.write_text("".join(lines).replace("document 100", "dokument 100"))
-    after = [unit.directory for unit in tokenize(mix, cache).units]
+    after = directories(tokenize(mix, cache))
     assert sum(old != new for old, new in zip(before, after, strict=True)) == 1
 
 

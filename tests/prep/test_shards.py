@@ -222,7 +222,7 @@ def chats_of(kind: str) -> list[list[Chat]]:
 def chat_task(folder: Path, kind: str, unit_documents: Sequence[int] = (40,)) -> SplitTask:
     """A plan of chats or pairs, two epochs of them, that is gathered as the pipeline does it."""
     corpus = write_chats(folder / "store", chats_of(kind), unit_documents)
-    corpora.save(corpus, folder / "corpus.json")
+    corpora.save(corpus, corpora.saved_in(folder))
     task = SplitTask(str(folder), "train", 2, LONG, PER_SHARD, "uint16", 5, kind, "this")  # type: ignore[arg-type]
     staged(folder, "this")
     windows = in_windows([documents_of(corpus)] * 2, 64)

@@ -1,8 +1,9 @@
 """What a mix says of its chats, source by source: the template's text, and the format that its first records show."""
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from typing import Any
 
 from llmt_prep import documents
@@ -125,7 +126,9 @@ def _check_format(name: str, kind: str) -> None:
 
 def _first_records(config: MixConfig, inputs: Inputs, source: int) -> Sequence[dict[str, Any]]:
     reading = reading_of(config, list(config.sources.values())[source])
-    mine = (each for each in inputs.units if inputs.files[each.file].source == source)
+    first = bisect_left(inputs.units, source, key=lambda each: inputs.files[each.file].source)
+    later = (inputs.units[number] for number in range(first, len(inputs.units)))
+    mine = takewhile(lambda each: inputs.files[each.file].source == source, later)
     rows = chain.from_iterable(_rows(each, inputs.files[each.file], reading) for each in mine)
     return [row.value for row in islice(rows, _RECORDS)]
 

@@ -22,7 +22,7 @@ ByteRange = tuple[int, int]
 """First byte, and the one after the last."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileStat:
     """A file as it was before it was read."""
 

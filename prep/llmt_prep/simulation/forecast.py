@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from llmt_prep.config import MixConfig
+from llmt_prep.corpus import SAVED_BYTES
 from llmt_prep.hashes import IN_PROCESS_BYTES
 from llmt_prep.mixture import Mixture
 from llmt_prep.simulation.amounts import (
@@ -184,14 +185,14 @@ def _disk(sizes: Sequence[SourceSize], disks: Mapping[str, SplitDisk], rates: Ra
         disks,
         given=sum(size.bytes for size in sizes),
         cache=round(rates.tokenizer) + sum(size.cache_bytes for size in sizes),
-        unit_list=round(rates.list_bytes * sum(size.units for size in sizes)),
+        unit_list=SAVED_BYTES * sum(size.units for size in sizes),
         companions=round(rates.companions + quarantine + manifest),
     )
 
 
 def _memory(units: int, rates: Rates, cluster: Cluster) -> Memory:
     coordinator = round(rates.plan_peak + units * rates.unit_memory)
-    worker = round(max(rates.tokenize_peak, rates.gather_peak + units * rates.entry_memory))
+    worker = round(max(rates.tokenize_peak, rates.gather_peak))
     if cluster.workers == 1:  # one process is both
         return Memory(coordinator=max(coordinator, worker), worker=worker, machine=max(coordinator, worker))
     return Memory(coordinator=coordinator, worker=worker, machine=coordinator + cluster.cores * worker)
@@ -216,7 +217,7 @@ def _works(
         startup=rates.hash_start,
         is_shared=given > IN_PROCESS_BYTES,
     )
-    gathers = [_gather(name, split, disks[name], units, config, rates) for name, split in splits.items()]
+    gathers = [_gather(name, split, disks[name], config, rates) for name, split in splits.items()]
     sidecars = sum(disk.sidecars for disk in disks.values())
     join = Work("join", alone=sidecars / rates.join, moved=2 * sidecars, is_shared=False)
     finish = Work("finish", alone=rates.finish + units * rates.unit_finish, is_shared=False)
@@ -250,14 +251,13 @@ def _plan(found: Contents, disks: Mapping[str, SplitDisk], rates: Rates) -> Work
     return Work("plan", alone=documents * rates.plan, moved=moved, is_shared=False)
 
 
-def _gather(name: str, split: SplitForecast, disk: SplitDisk, units: int, config: MixConfig, rates: Rates) -> Work:
+def _gather(name: str, split: SplitForecast, disk: SplitDisk, config: MixConfig, rates: Rates) -> Work:
     places = split.rows * config.sequence.length
-    load = units * rates.unit_load
     return Work(
         f"gather {name}",
         shared=places / rates.gather,
         longest=places / disk.shards / rates.gather,
         moved=2 * places * rates.itemsize + disk.plan + disk.sidecars,
-        startup=(rates.gather_start if disk.shards > 1 else rates.gather_start_alone) + load,
-        startup_alone=rates.gather_start_alone + load,
+        startup=rates.gather_start if disk.shards > 1 else rates.gather_start_alone,
+        startup_alone=rates.gather_start_alone,
     )

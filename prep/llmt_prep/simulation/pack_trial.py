@@ -39,8 +39,6 @@ class PackTrial(NamedTuple):
     """Bytes for each file in the manifest."""
     quarantine_line: float
     """Bytes for each bad record."""
-    list_bytes: float
-    """For each unit, of the list of units that workers read."""
 
 
 def in_epochs(config: MixConfig, epochs: dict[str, float]) -> MixConfig:
@@ -95,7 +93,7 @@ def train_task(folder: Path, num_sources: int, length: int, per_shard: int, dtyp
 
 def _plan(config: MixConfig, corpus: Corpus, selected: Selected, folder: Path) -> int:
     """Write the plan; returns its rows."""
-    corpora.save(corpus, folder / "corpus.json")
+    corpora.save(corpus, corpora.saved_in(folder))
     windows, rows = windows_of_splits(config, corpus, selected)["train"], folder / "rows" / "train"
     write_rows(rows, windows, corpus, config.sequence.length, config.sequence.overflow, config.packing.carry)
     return load_rows(rows).num_rows
@@ -139,5 +137,4 @@ def _measured(
         companions=sum(sizes.values()) - chunks + entry * (len(sizes) - len(totals.sha256)),
         manifest_entry=entry,
         quarantine_line=quarantine / max(1, sum(each.quarantined for each in trial.sources)),
-        list_bytes=(data.parent / "corpus.json").stat().st_size / len(trial.corpus.units),
     )

@@ -50,12 +50,8 @@ class Rates(StrictModel):
     """Seconds that a run takes to write what is not tokens."""
     unit_tokenize: float
     """Seconds of the coordinator for each unit that is tokenized."""
-    unit_load: float
-    """Seconds of a gathering worker for each unit of the corpus."""
     unit_finish: float
     """Seconds of the coordinator for each unit, in the end."""
-    list_bytes: float
-    """Bytes on the disk for each unit, besides the unit itself."""
     tokenizer: float
     """Bytes of the tokenizer in the cache, for workers to load."""
     companions: float
@@ -69,9 +65,7 @@ class Rates(StrictModel):
     tokenize_peak: float
     gather_peak: float
     unit_memory: float
-    """Bytes for each unit in the coordinator."""
-    entry_memory: float
-    """Bytes for each unit in a gathering worker."""
+    """Bytes for each unit in the coordinator; other processes map a file of the list."""
     busy: dict[str, float]
     """Share of its time for which a worker had a processor, by stage: where it is low, others or disks held it up."""
 
@@ -122,9 +116,7 @@ def measured_rates(
         gather_start_alone=gathering.warming,
         finish=packed.finish_seconds,
         unit_tokenize=planned.tokenize_seconds,
-        unit_load=planned.load_seconds,
         unit_finish=planned.finish_seconds,
-        list_bytes=packed.list_bytes,
         tokenizer=tokenized.tokenizer_bytes,
         companions=packed.companions,
         manifest_entry=packed.manifest_entry,
@@ -133,7 +125,6 @@ def measured_rates(
         tokenize_peak=tokenizing.peak,
         gather_peak=gathering.peak,
         unit_memory=planned.unit_memory,
-        entry_memory=planned.entry_memory,
         busy={"hash": hashing.cpu_share, "tokenize": tokenizing.cpu_share, "gather": gathering.cpu_share},
     )
 

@@ -8,7 +8,7 @@ from llmt_prep.simulation.run import Measured, Simulation
 from llmt_prep.simulation.timing import Cluster
 
 _MANY_UNITS = 200_000
-"""Units whose list alone is felt in every process."""
+"""Units whose number alone is felt."""
 _FEW_DOCUMENTS = 1000
 
 
@@ -88,8 +88,8 @@ def _doubts(measured: Measured, forecast: Forecast) -> Iterator[str]:
     units = sum(source.units for source in forecast.sources.values())
     if units > _MANY_UNITS:
         yield (
-            f"{count(units)} units: every process holds their list, and the coordinator opens each; "
-            f"a larger `unit_size` makes memory and start-up smaller"
+            f"{count(units)} units: the coordinator opens each, for {duration(units * measured.rates.unit_tokenize)} "
+            f"in all; a larger `unit_size` makes them fewer"
         )
 
 

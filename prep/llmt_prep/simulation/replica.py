@@ -18,21 +18,21 @@ from numpy.typing import NDArray
 
 from llmt_prep import corpus as corpora
 from llmt_prep.config import MixConfig
-from llmt_prep.corpus import Corpus, UnitEntry
-from llmt_prep.ingest import place_units
-from llmt_prep.inputs import Inputs
-from llmt_prep.ledger import source_ledgers
+from llmt_prep.corpus import Corpus, Counting
+from llmt_prep.hashes import Job, file_hashes
+from llmt_prep.inputs import HashedUnits, Inputs, InputUnit
 from llmt_prep.order import Documents as Piece
 from llmt_prep.packing import best_fit_decreasing
+from llmt_prep.places import place_units
 from llmt_prep.rows import load_rows, write_rows
-from llmt_prep.selection import Selected, select, windows_of_splits
+from llmt_prep.selection import select, windows_of_splits
 from llmt_prep.shards import finish_split, write_shard
 from llmt_prep.simulation.amounts import SourceSize
 from llmt_prep.simulation.clocks import peak_of_block
 from llmt_prep.simulation.fill import draw
 from llmt_prep.simulation.pack_trial import in_epochs, train_task
 from llmt_prep.simulation.tokenize_trial import Documents, TokenizeTrial
-from llmt_prep.store import COUNTED, UnitMeta, open_unit, read_quarantine
+from llmt_prep.store import COUNTED, UnitMeta, open_unit, read_quarantine, unit_folder
 from llmt_prep.tokenizer import LoadedTokenizer
 
 MOST_DOCUMENTS = 1_000_000
@@ -41,7 +41,8 @@ MOST_SELECTED = 1_500_000
 MOST_UNITS = 400
 _AT_LEAST = 1000
 """Documents of each source, however small its part is: of few, none may fit a row, or all be held out."""
-_COUNTED_UNITS = 500
+_COUNTED_UNITS = 4000
+"""So many that what is not for each unit is small beside it."""
 _TINY_DOCUMENTS = 1_000_000
 _TRIES = 3
 
@@ -56,15 +57,11 @@ class PlanRates(NamedTuple):
     peak: int
     """Bytes of resident memory of this process while it planned."""
     tokenize_seconds: float
-    """For each unit: naming it, and reading its counts when it is there."""
+    """For each unit: naming it, and counting what is in it when it is there."""
     finish_seconds: float
-    """For each unit: the ledger, the list of files, the quarantine, the report."""
-    load_seconds: float
-    """For each unit, in every worker that gathers: reading the list of units."""
+    """For each unit: the quarantine, if it has one."""
     unit_memory: float
-    """Bytes for each unit in the coordinator."""
-    entry_memory: float
-    """Bytes for each unit in a worker that gathers."""
+    """Bytes for each unit in the coordinator; a worker that gathers maps the file in which they are listed."""
 
 
 def plan_replica(
@@ -97,18 +94,15 @@ def plan_replica(
             rows = folder / "rows" / split
             write_rows(rows, windows, corpus, sequence.length, sequence.overflow, config.packing.carry)
         planned = time.monotonic()
-    corpora.save(corpus, folder / "corpus.json")
+    corpora.save(corpus, corpora.saved_in(folder))
     tokenize_seconds, unit_memory = _unit_costs(trial, tokenizer, folder)
-    load_seconds, entry_memory = _load_costs(corpus, folder / "corpus.json")
     return PlanRates(
         documents=corpus.num_documents,
         plan_seconds=(planned - started) / corpus.num_documents,
         peak=peak[0],
         tokenize_seconds=tokenize_seconds,
-        finish_seconds=_finish_costs(config, corpus, selected, folder),
-        load_seconds=load_seconds,
+        finish_seconds=_finish_costs(corpus) * float(trial.corpus.units["bad"].mean()),
         unit_memory=unit_memory,
-        entry_memory=entry_memory,
     )
 
 
@@ -116,7 +110,7 @@ def join_rate(config: MixConfig, folder: Path) -> float:
     """Return the bytes of side-cars a second that `finish_split` joins: of very many, very short documents."""
     ones = Documents(np.ones(1, np.int64), np.zeros((1, 2), np.uint32), np.zeros(1, np.int64))
     corpus = write_store(folder / "units", [ones], [_TINY_DOCUMENTS], [_TINY_DOCUMENTS], config.seed)
-    corpora.save(corpus, folder / "corpus.json")
+    corpora.save(corpus, corpora.saved_in(folder))
     lengths = corpus.lengths(0, _TINY_DOCUMENTS)
     numbers = np.arange(_TINY_DOCUMENTS)
     everything = Piece(numbers, lengths, np.cumsum(lengths) - lengths, corpus.outlines(0, _TINY_DOCUMENTS))
@@ -146,19 +140,17 @@ def write_store(
         seed: of the draw, and of the hashes of texts.
     """
     generator = np.random.default_rng(seed)
-    units: list[UnitEntry] = []
+    units: list[tuple[int, str]] = []
     for source, (sample, count, size) in enumerate(zip(samples, counts, per_unit, strict=True)):
         chosen = draw(len(sample.length), 0, count, (seed, source))
         for first in range(0, count, size):
-            mine = chosen[first : first + size]
-            unit = folder / f"{len(units)}"
-            meta = _write_unit(unit, sample, mine, generator.integers(0, 1 << 64, len(mine), "<u8"))
-            entry = (str(unit), source, f"file-{source}", meta.documents, meta.tokens, 0, first)
-            units.append(UnitEntry(*entry, meta.has_targets, meta.content))
-    return Corpus(tuple(units), len(samples))
+            mine, key = chosen[first : first + size], f"{len(units):064x}"
+            _write_unit(unit_folder(folder, key), sample, mine, generator.integers(0, 1 << 64, len(mine), "<u8"))
+            units.append((source, key))
+    return corpora.read_corpus(folder, [(source, f"file-{source}") for source in range(len(samples))], units)
 
 
-def _write_unit(unit: Path, sample: Documents, chosen: NDArray[np.int64], hashes: NDArray[np.uint64]) -> UnitMeta:
+def _write_unit(unit: Path, sample: Documents, chosen: NDArray[np.int64], hashes: NDArray[np.uint64]) -> None:
     length, outline, num_spans = sample.length[chosen], sample.outline[chosen], sample.num_spans[chosen]
     has_targets, spans, tokens = bool(sample.num_spans.any()), int(num_spans.sum()), int(length.sum())
     columns: dict[str, NDArray[Any]] = {"lengths": length, "records": np.arange(len(chosen))}
@@ -173,10 +165,10 @@ def _write_unit(unit: Path, sample: Documents, chosen: NDArray[np.int64], hashes
         with (unit / name).open("wb") as file:
             file.truncate(size)
     (unit / "quarantine.jsonl").touch()
-    counts = dict.fromkeys(COUNTED, 0) | {"documents": len(chosen), "tokens": tokens, "spans": spans}
+    counts = dict.fromkeys(COUNTED, 0) | dict.fromkeys(("records", "documents", "lines"), len(chosen))
+    counts |= {"tokens": tokens, "spans": spans}
     meta = UnitMeta(**counts, engine="", dtype="uint16", checksums={}, has_targets=has_targets)
     (unit / "meta.json").write_text(json.dumps(asdict(meta)))
-    return meta
 
 
 def _documents(sizes: Sequence[SourceSize], epochs: Sequence[float], samples: Sequence[Documents]) -> list[int]:
@@ -190,45 +182,43 @@ def _documents(sizes: Sequence[SourceSize], epochs: Sequence[float], samples: Se
     return [max(few, round(part * size.documents)) for few, size in zip(least, sizes, strict=True)]
 
 
-def _finish_costs(config: MixConfig, corpus: Corpus, selected: Selected, folder: Path) -> float:
-    """Seconds for each unit: of the ledger, the list of files, the quarantine and the report, without their writing."""
-    tallies = {"train": load_rows(folder / "rows" / "train").tallies}
-    nothing, once = {"train": [0] * corpus.num_sources}, dict.fromkeys(range(corpus.num_sources), 1)
+def _finish_costs(corpus: Corpus) -> float:
+    """Seconds for each unit, to read its quarantine; all else is known by then."""
 
     def know() -> object:
-        ledgers = source_ledgers(config, corpus, selected, once, tallies, nothing)
-        metas = [corpus.open_unit(unit).meta for _ in ("files", "report") for unit in range(len(corpus.units))]
-        return ledgers, metas, [list(read_quarantine(Path(unit.directory))) for unit in corpus.units]
+        return [list(read_quarantine(corpus.directory(unit))) for unit in range(len(corpus.units))]
 
     return _costs(know, len(corpus.units))[0]
 
 
 def _unit_costs(trial: TokenizeTrial, tokenizer: LoadedTokenizer, folder: Path) -> tuple[float, float]:
-    """Seconds and bytes for each unit: to name it, and to know what is in it."""
-    given = trial.inputs.units
-    units = (given * -(-_COUNTED_UNITS // len(given)))[:_COUNTED_UNITS]
-    inputs = Inputs(trial.inputs.files, units, {})
-    directory = Path(trial.corpus.units[0].directory)
+    """Seconds and bytes for each unit: to keep its hash, to name it, and to know what is in it."""
+    times, meta_of = -(-_COUNTED_UNITS // len(trial.inputs.units)), trial.corpus.directory(0)
 
     def know() -> object:
-        return place_units(trial.config, inputs, tokenizer, folder), [open_unit(directory).meta for _ in units]
+        inputs = _repeated(trial, times)
+        places = place_units(trial.config, inputs, tokenizer, folder)
+        places.are_first()
+        counting = Counting(places.units, len(trial.config.sources))
+        for number in range(len(places)):
+            counting.add(number, open_unit(meta_of).meta)
+        return inputs, counting.corpus([folder], [], [], places.first_unit)
 
-    return _costs(know, len(units))
+    return _costs(know, times * len(trial.inputs.units))
 
 
-def _load_costs(corpus: Corpus, path: Path) -> tuple[float, float]:
-    """Seconds and bytes for each unit: of a worker that reads where the units are."""
-    content = path.read_bytes()
-    copies = (
-        path.with_name(f"copy-{number}.json") for number in range(_TRIES + 1)
-    )  # what is loaded once is not loaded again
-
-    def load() -> object:
-        copy = next(copies)
-        copy.write_bytes(content)
-        return corpora.load(copy, corpus.num_sources)
-
-    return _costs(load, len(corpus.units))
+def _repeated(trial: TokenizeTrial, times: int) -> Inputs:
+    """The files of the sample, with their units so many times."""
+    by_file: dict[int, list[InputUnit]] = {}
+    for each in trial.inputs.units:
+        by_file.setdefault(each.file, []).append(each)
+    files = [trial.inputs.files[file] for file in by_file]
+    jobs = [Job(file, of_file[0].unit.reader, 0) for file, of_file in zip(files, by_file.values(), strict=True)]
+    hashes = [
+        file_hashes("0" * 64, [each.unit for each in of_file] * times, [each.content for each in of_file] * times)
+        for of_file in by_file.values()
+    ]
+    return Inputs(tuple(files), HashedUnits(jobs, hashes), {})
 
 
 def _costs(call: Callable[[], object], count: int) -> tuple[float, float]:

@@ -19,8 +19,9 @@ from llmt_prep.documents import Unit
 from llmt_prep.executor import HERE
 from llmt_prep.guard import inexact_engines
 from llmt_prep.held import Shelved
-from llmt_prep.ingest import Place, place_units, shelve_tokenizer, tokenize_inputs
+from llmt_prep.ingest import shelve_tokenizer, tokenize_inputs
 from llmt_prep.inputs import InputFile, Inputs, InputUnit, reading_of
+from llmt_prep.places import Place, Places, place_units, with_formats
 from llmt_prep.simulation.clocks import Clocked, clocked
 from llmt_prep.tokenization import hash_content
 from llmt_prep.tokenizer import LoadedTokenizer
@@ -97,7 +98,7 @@ def tokenize_sample(
     hashing = clocked("hash", hash_unit, reads, reads[: _at_once(reads, workers)])
     hashed = tuple(each._replace(content=call.result[0]) for each, call in zip(units, hashing.calls, strict=True))
     inputs = Inputs(tuple(replace(file, sha256="0" * 64) for file in files), hashed, {})
-    config = _with_formats(config, inputs)
+    config = with_formats(config, inputs)
     cache = folder / "cache"
     places = place_units(config, inputs, tokenizer, cache)
     started = time.monotonic()
@@ -147,14 +148,6 @@ def _at_once(tasks: Sequence[object], workers: int) -> int:
     return max(1, min(workers, len(tasks) // 2))
 
 
-def _with_formats(config: MixConfig, inputs: Inputs) -> MixConfig:
-    if config.kind == "pretrain":
-        return config
-    from llmt_prep.chat.settings import with_formats  # text needs no templates
-
-    return with_formats(config, inputs)
-
-
 def _choose(config: MixConfig, tokenizer: LoadedTokenizer, shelved: Shelved, place: Place) -> Choice:
     inexact = inexact_engines(tokenizer_directory(cache_of(config), tokenizer.digest))
     return choose_engine(config.engine, shelved, keep_control=keeps_control(place.settings), inexact=inexact)
@@ -175,9 +168,7 @@ def _task(config: MixConfig, file: InputFile, place: Place, tokenizer: Shelved, 
     )
 
 
-def _source(
-    source: int, places: Sequence[Place], hashing: Clocked, seconds: dict[Path, float], corpus: Corpus
-) -> SourceTrial:
+def _source(source: int, places: Places, hashing: Clocked, seconds: dict[Path, float], corpus: Corpus) -> SourceTrial:
     mine = [number for number, place in enumerate(places) if place.source == source]
     metas = [corpus.open_unit(number).meta for number in mine]
     sizes = [places[number].bytes for number in mine]
@@ -198,6 +189,6 @@ def _source(
 
 def _documents(source: int, units: Sequence[int], corpus: Corpus) -> Documents:
     first, last = corpus.source_borders[source : source + 2].tolist()
-    spans = [corpus.open_unit(unit).targets.num_spans for unit in units if corpus.units[unit].has_targets]
+    spans = [corpus.open_unit(unit).targets.num_spans for unit in units if corpus.has_targets]
     num_spans = np.concatenate(spans).astype(np.int64) if spans else np.zeros(last - first, np.int64)
     return Documents(corpus.lengths(first, last), corpus.outlines(first, last), num_spans)

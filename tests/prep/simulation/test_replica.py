@@ -22,7 +22,7 @@ def sample(count: int, seed: int, *, pairs: bool = False) -> Documents:
 def test_each_turn_of_the_sample_is_there_in_units_of_its_size(tmp_path: Path) -> None:
     one, two = sample(100, 1), sample(30, 2)
     corpus = write_store(tmp_path, [one, two], [300, 45], [70, 20], seed=0)
-    assert [unit.documents for unit in corpus.units] == [70, 70, 70, 70, 20, 20, 20, 5]
+    assert np.diff(corpus.document_borders).tolist() == [70, 70, 70, 70, 20, 20, 20, 5]
     assert corpus.source_borders.tolist() == [0, 300, 345]
     assert sorted(corpus.lengths(0, 300)) == sorted(np.tile(one.length, 3))
     assert corpus.token_borders[-1] == corpus.lengths(0, 345).sum()
@@ -30,9 +30,9 @@ def test_each_turn_of_the_sample_is_there_in_units_of_its_size(tmp_path: Path) -
 
 def test_every_unit_is_whole(tmp_path: Path) -> None:
     corpus = write_store(tmp_path, [sample(50, 3, pairs=True)], [120], [40], seed=0)
-    for number, unit in enumerate(corpus.units):
-        assert open_unit(Path(unit.directory)).meta == corpus.open_unit(number).meta
-        assert len(open_unit(Path(unit.directory)).tokens) == unit.tokens
+    for number, tokens in enumerate(np.diff(corpus.token_borders).tolist()):
+        assert open_unit(corpus.directory(number)).meta == corpus.open_unit(number).meta
+        assert len(open_unit(corpus.directory(number)).tokens) == tokens
 
 
 def test_outlines_of_pairs_come_with_their_lengths(tmp_path: Path) -> None:
