@@ -208,15 +208,19 @@ def _unit_costs(trial: TokenizeTrial, tokenizer: LoadedTokenizer, folder: Path) 
 
 
 def _repeated(trial: TokenizeTrial, times: int) -> Inputs:
-    """The files of the sample, with their units so many times."""
+    """The files of the sample, with their units so many times, as if each had other content."""
     by_file: dict[int, list[InputUnit]] = {}
     for each in trial.inputs.units:
         by_file.setdefault(each.file, []).append(each)
     files = [trial.inputs.files[file] for file in by_file]
     jobs = [Job(file, of_file[0].unit.reader, 0) for file, of_file in zip(files, by_file.values(), strict=True)]
     hashes = [
-        file_hashes("0" * 64, [each.unit for each in of_file] * times, [each.content for each in of_file] * times)
-        for of_file in by_file.values()
+        file_hashes(
+            "0" * 64,
+            [each.unit for each in of_file] * times,
+            (f"{file:016x}{number:016x}" for number in range(len(of_file) * times)),
+        )
+        for file, of_file in by_file.items()
     ]
     return Inputs(tuple(files), HashedUnits(jobs, hashes), {})
 
