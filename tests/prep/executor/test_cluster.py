@@ -72,7 +72,7 @@ def test_references_and_tasks_are_dropped_as_results_are_read(cluster: Any, coun
             assert taken - seen <= 4
             if seen % (count // 10) == 0:
                 gc.collect()
-                most = max(most, sum(isinstance(each, ray.ObjectRef) for each in gc.get_objects()))
+                most = max(most, sum(type(each) is ray.ObjectRef for each in gc.get_objects()))
                 most = max(most, len(ray._private.worker.global_worker.core_worker.get_all_reference_counts()))
     assert taken == count - 1
     assert most < 20
