@@ -116,10 +116,14 @@ def test_what_a_task_raises_ends_the_others_gently_and_then_by_force() -> None:
 
 
 def test_a_signal_is_acted_on_while_nothing_ends() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     crew = FakeCrew(size=2, stuck=frozenset({0, 2}))
     threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()
-    with pytest.raises(KeyboardInterrupt):
-        list(dispatch(crew, small_tasks.square, ((number,) for number in (0, 2))))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(dispatch(crew, small_tasks.square, ((number,) for number in (0, 2))))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert crew.cancelled == [(0, False), (2, False)]
 
 
