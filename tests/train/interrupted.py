@@ -1,8 +1,10 @@
 """Runs in processes that are killed or asked to stop, and what of their metrics may not change by it."""
 
 import multiprocessing
+import os
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ def interrupt(config: RunConfig, step: int, how: signal.Signals = signal.SIGKILL
     wanted = max(step, 1 + max((record["step"] for record in read_metrics(config.output)), default=-1))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["llmt_train.fit"])
-    process = context.Process(target=_fit, args=(config, torch.get_num_threads()))
+    process = context.Process(target=_fit, args=(config, torch.get_num_threads(), dict(os.environ)))
     process.start()
     while process.is_alive() and not any(record["step"] >= wanted for record in read_metrics(config.output)):
         time.sleep(0.001)
@@ -41,7 +43,12 @@ def interrupt(config: RunConfig, step: int, how: signal.Signals = signal.SIGKILL
     assert process.exitcode == (-signal.SIGKILL if how == signal.SIGKILL else 1)
 
 
-def _fit(config: RunConfig, num_threads: int) -> None:
-    """The order of a sum, and so its last bits, depend on the number of threads: here as many as there."""
+def _fit(config: RunConfig, num_threads: int, environment: Mapping[str, str]) -> None:
+    """As in the caller, whose fork server may have begun in another test, with what was true there.
+
+    The order of a sum, and so its last bits, depend on the number of threads.
+    """
+    os.environ.clear()
+    os.environ.update(environment)
     torch.set_num_threads(num_threads)
     fit(config)
