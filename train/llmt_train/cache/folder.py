@@ -14,7 +14,7 @@ killed process was fetching is fetched by the next that wants it, or removed whe
 
 import fcntl
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -152,15 +152,15 @@ class CacheFolder:
 
         The caller is `deciding`.
         """
-        used = sum(_size(path) for path in self._files())
-        missing = used + size - self.limit
+        sizes = {path: _size(path) for path in self._files()}
+        missing = sum(sizes.values()) + size - self.limit
         if missing <= 0:
             return True
         going: list[tuple[_Resident, int]] = []
-        for each in sorted(self._residents(), key=lambda each: (-each.distance, each.path)):
+        for each in sorted(self._residents(sizes), key=lambda each: (-each.distance, each.path)):
             if missing <= 0 or (distance >= 0 and each.distance <= distance):
                 break
-            if each.path != sparing and (descriptor := _lock_unread(each.path)) is not None:
+            if each.path != sparing and (descriptor := _lock_unused(each.path)) is not None:
                 going.append((each, descriptor))
                 missing -= each.bytes
         for each, descriptor in going:
@@ -183,11 +183,11 @@ class CacheFolder:
                 f"it, set a smaller cache.size, or another cache.path"
             ) from None
 
-    def _residents(self) -> Iterator[_Resident]:
-        """All files that may go."""
+    def _residents(self, sizes: Mapping[Path, int]) -> Iterator[_Resident]:
+        """Those of all files that may go."""
         readers = list(living(self.path / _READERS))
         by_dataset: dict[str, list[Path]] = {}
-        for path in self._files():
+        for path in sizes:
             by_dataset.setdefault(path.relative_to(self.path).parts[0], []).append(path)
         for dataset, paths in by_dataset.items():
             folder = self.path / dataset
@@ -198,7 +198,7 @@ class CacheFolder:
                 if runs and "/c/" not in name:
                     continue  # small, and whoever has the dataset open counts on them
                 distance = min((each[name] for each in seen), default=NEVER) if path.suffix != PART else NEVER
-                yield _Resident(path, _size(path), distance)
+                yield _Resident(path, sizes[path], distance)
 
     def _files(self) -> Iterator[Path]:
         """All files of datasets, and parts of them."""
@@ -214,22 +214,17 @@ class CacheFolder:
 def _own(part: Path) -> int | None:
     """A locked descriptor of a part, made where there is none; ``None`` where another has it."""
     part.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    if not os.fstat(descriptor).st_nlink:  # whoever had it has failed, and removed it between the two
-        os.close(descriptor)
+    descriptor = _lock_unused(part, os.O_CREAT)
+    if descriptor is not None and not os.fstat(descriptor).st_nlink:
+        os.close(descriptor)  # whoever had it has failed, and removed it between the two
         return None
     return descriptor
 
 
-def _lock_unread(path: Path) -> int | None:
-    """A locked descriptor of a file that nobody reads or writes."""
+def _lock_unused(path: Path, more_flags: int = 0) -> int | None:
+    """A locked descriptor of a file that is there and that nobody reads or writes."""
     try:
-        descriptor = os.open(path, os.O_RDWR)  # what is open for reading alone cannot be locked so on NFS
+        descriptor = os.open(path, os.O_RDWR | more_flags, 0o666)  # what is read alone cannot be locked so on NFS
     except FileNotFoundError:
         return None
     try:
