@@ -60,8 +60,15 @@ class ArrayChunks(Protocol):
 class Chunks(Protocol):
     """Where the chunk files of a split's arrays are."""
 
-    def of(self, array: Path, layout: Layout) -> ArrayChunks:
-        """Return the chunks of one array: its directory, and what each holds."""
+    def of(self, array: Path, layout: Layout, *, is_read_in_order: bool) -> ArrayChunks:
+        """Return the chunks of one array.
+
+        Args:
+            array: its directory.
+            layout: what each chunk holds.
+            is_read_in_order: else a kernel that reads ahead would fetch megabytes for each element, and more data than
+                fit into memory would push one another out.
+        """
 
     def follow(self, split: Path, order: RowOrder | None) -> AbstractContextManager[Callable[[int], None]]:
         """While the block runs, rows of a split (its folder) are taken in an order; ``None``: from first to last.
@@ -71,19 +78,19 @@ class Chunks(Protocol):
 
 
 class ChunkedArray:
-    """One Zarr array, read in slices of its first axis."""
+    """One Zarr array, read in slices of its first axis; `ArrayFolder` opens it."""
 
-    def __init__(self, path: Path, chunks: Chunks | None = None) -> None:
+    def __init__(self, path: Path, chunks: Chunks, *, is_read_in_order: bool = True) -> None:
         """Read the metadata.
 
         Args:
             path: the array's directory.
-            chunks: where the chunk files are; ``None``: in that directory, to be mapped and read in order.
+            chunks: where the chunk files are.
+            is_read_in_order: see `Chunks.of`.
         """
         self.path = path
         self.shape, self.dtype, self.chunk_shape = _read_metadata(path)
-        layout = Layout(self.chunk_shape, self.dtype)
-        self._chunks = MappedChunks(path, layout) if chunks is None else chunks.of(path, layout)
+        self._chunks = chunks.of(path, Layout(self.chunk_shape, self.dtype), is_read_in_order=is_read_in_order)
 
     def __len__(self) -> int:
         return int(self.shape[0])
@@ -160,15 +167,7 @@ class MappedChunks:
 
     is_mapped = True
 
-    def __init__(self, array: Path, layout: Layout, *, is_read_in_order: bool = True) -> None:
-        """Begin with none.
-
-        Args:
-            array: its directory.
-            layout: of each file.
-            is_read_in_order: let the kernel read ahead. Where elements are read in random order it must not: it would
-                fetch megabytes for each, and more data than fit into memory would push one another out.
-        """
+    def __init__(self, array: Path, layout: Layout, *, is_read_in_order: bool) -> None:
         self._array, self._layout, self._is_read_in_order = array, layout, is_read_in_order
         self._chunk = lru_cache(maxsize=_MAX_OPEN)(self._map)
 
@@ -201,16 +200,18 @@ class MappedChunks:
 class DiskChunks:
     """Chunk files in the arrays' own directories."""
 
-    def __init__(self, *, is_read_in_order: bool = True) -> None:
-        self._is_read_in_order = is_read_in_order
-
-    def of(self, array: Path, layout: Layout) -> ArrayChunks:
+    def of(self, array: Path, layout: Layout, *, is_read_in_order: bool) -> ArrayChunks:
         """Map them as they are asked for."""
-        return MappedChunks(array, layout, is_read_in_order=self._is_read_in_order)
+        return MappedChunks(array, layout, is_read_in_order=is_read_in_order)
 
     def follow(self, split: Path, order: RowOrder | None) -> AbstractContextManager[Callable[[int], None]]:
         """Do nothing: all chunks are there."""
-        return nullcontext(lambda place: None)
+        return unfollowed()
+
+
+def unfollowed() -> AbstractContextManager[Callable[[int], None]]:
+    """Return what `follow` gives where nothing is fetched ahead."""
+    return nullcontext(lambda place: None)
 
 
 class ArrayFolder(NamedTuple):
@@ -218,12 +219,12 @@ class ArrayFolder(NamedTuple):
 
     path: Path
     """Their metadata lies there."""
-    chunks: Chunks | None = None
-    """Where their chunk files are; ``None``: there too."""
+    chunks: Chunks = DiskChunks()
+    """Where their chunk files are."""
 
-    def open(self, name: str) -> ChunkedArray:
-        """Open one array."""
-        return ChunkedArray(self.path / name, self.chunks)
+    def open(self, name: str, *, is_read_in_order: bool = True) -> ChunkedArray:
+        """Open one array; see `Chunks.of`."""
+        return ChunkedArray(self.path / name, self.chunks, is_read_in_order=is_read_in_order)
 
     def has(self, name: str) -> bool:
         """Whether there is an array of this name."""

@@ -7,7 +7,7 @@ what `llmt-prep verify` checks.
 
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -96,8 +96,7 @@ class Split:
             has_pairs: whether segments form preference pairs.
         """
         self.path, self.arrays = path, arrays
-        tokens = arrays if arrays.chunks else arrays._replace(chunks=DiskChunks(is_read_in_order=False))
-        self._tokens = tokens.open("tokens")
+        self._tokens = arrays.open("tokens", is_read_in_order=False)
         self.row_targets = arrays.open("row_targets")
         self._row_offsets = arrays.open("row_offsets")
         self._columns = [arrays.open(f"segment_{name}") for name in SegmentTable._fields[1:]]
@@ -150,8 +149,6 @@ class Split:
         Returns:
             What it gives is told the place of the next row in the order; rows before it are not asked for again.
         """
-        if self.arrays.chunks is None:
-            return nullcontext(lambda place: None)
         return self.arrays.chunks.follow(self.arrays.path, order)
 
     def row_segments(self, rows: Sequence[int] | NDArray[np.integer]) -> RowSegments:
@@ -251,29 +248,20 @@ def open_dataset(path: Location | str) -> Dataset:
         return open_mirror(mirrored(location, folder), RangedChunks(location, folder))
     manifest, digest = read_manifest(location)
     refuse_wrong_files(wrong_files(location, manifest))
-    return _assembled(Mirror(location, location, manifest, digest), None)
+    return open_mirror(Mirror(location, location, manifest, digest), DiskChunks())
 
 
 def open_mirror(mirror: Mirror, chunks: Chunks) -> Dataset:
-    """Open a dataset below a URL.
+    """Open a dataset, wherever the chunks of its arrays are.
 
     Args:
-        mirror: its files but for the arrays' chunks.
+        mirror: its files but, perhaps, those chunks.
         chunks: where those are.
     """
-    return _assembled(mirror, chunks)
-
-
-def _assembled(mirror: Mirror, chunks: Chunks | None) -> Dataset:
-    kind = mirror.manifest.kind
-    opened = partial(Split, has_spans=kind != "pretrain", has_pairs=kind == "preference")
-    splits = {
-        name: opened(mirror.location / name, ArrayFolder(mirror.folder / name, chunks))
-        for name in mirror.manifest.splits
-    }
-    return Dataset(
-        mirror.location, mirror.folder, mirror.manifest, mirror.digest, splits["train"], splits.get("validation")
-    )
+    location, folder, manifest, digest = mirror
+    opened = partial(Split, has_spans=manifest.kind != "pretrain", has_pairs=manifest.kind == "preference")
+    splits = {name: opened(location / name, ArrayFolder(folder / name, chunks)) for name in manifest.splits}
+    return Dataset(location, folder, manifest, digest, splits["train"], splits.get("validation"))
 
 
 _temporary: list[tempfile.TemporaryDirectory[str]] = []

@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmt_shared import durable
-from llmt_shared.chunks import ArrayChunks, Layout
+from llmt_shared.chunks import ArrayChunks, Layout, unfollowed
 from llmt_shared.errors import FormatError
 from llmt_shared.manifest import FileEntry, Manifest, read_manifest, refuse_wrong_files, wrong_files
 from llmt_shared.objects import Location, ObjectPath
@@ -90,13 +90,13 @@ class RangedChunks:
     def __init__(self, location: ObjectPath, folder: Path) -> None:
         self._location, self._folder = location, folder
 
-    def of(self, array: Path, layout: Layout) -> ArrayChunks:
+    def of(self, array: Path, layout: Layout, *, is_read_in_order: bool) -> ArrayChunks:
         """Ask the store each time."""
         return _Ranged(self._location / array.relative_to(self._folder).as_posix(), layout)
 
     def follow(self, split: Path, order: RowOrder | None) -> AbstractContextManager[Callable[[int], None]]:
         """Do nothing."""
-        return nullcontext(lambda place: None)
+        return unfollowed()
 
 
 class _Ranged(NamedTuple):

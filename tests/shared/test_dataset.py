@@ -25,6 +25,10 @@ LENGTH = 6
 PER_SHARD = 3
 
 
+def open_array(path: Path) -> ChunkedArray:
+    return ChunkedArray(path, DiskChunks())
+
+
 def write_tokens(path: Path, tokens: np.ndarray, per_shard: int) -> None:
     arrays.write_metadata(path, tokens.shape, (per_shard, tokens.shape[1]), tokens.dtype)
     for chunk, start in enumerate(range(0, len(tokens), per_shard)):
@@ -109,7 +113,7 @@ def test_slices_are_those_of_the_whole_array(length, chunk, data):
             part = np.zeros(chunk, np.int64)
             part[: len(values[first : first + chunk])] = values[first : first + chunk]
             arrays.write_chunk(path / "c" / str(number), part)
-        ours, theirs = ChunkedArray(path), zarr.open_array(path, mode="r")
+        ours, theirs = open_array(path), zarr.open_array(path, mode="r")
         assert np.array_equal(ours[start:stop], values[start:stop])
         assert np.array_equal(theirs[:], values)
 
@@ -119,7 +123,7 @@ def test_rows_are_taken_in_the_order_asked_for(rows):
     tokens = np.arange(40, dtype=np.uint16).reshape(10, 4)
     with tempfile.TemporaryDirectory() as folder:
         write_tokens(Path(folder), tokens, 3)
-        assert np.array_equal(ChunkedArray(Path(folder)).take(rows), tokens[np.array(rows, int)])
+        assert np.array_equal(open_array(Path(folder)).take(rows), tokens[np.array(rows, int)])
 
 
 @given(st.lists(st.tuples(st.integers(0, 10), st.integers(0, 10)).map(sorted), max_size=6))
@@ -127,14 +131,14 @@ def test_slices_come_one_after_another(borders):
     tokens = np.arange(20, dtype=np.uint16).reshape(10, 2)
     with tempfile.TemporaryDirectory() as folder:
         write_tokens(Path(folder), tokens, 3)
-        found = ChunkedArray(Path(folder)).slices(np.array(borders, np.int64).reshape(-1, 2))
+        found = open_array(Path(folder)).slices(np.array(borders, np.int64).reshape(-1, 2))
     assert found.tolist() == [row for first, last in borders for row in tokens[first:last].tolist()]
 
 
 @pytest.mark.parametrize("index", [-1, 10])
 def test_what_is_not_there_is_an_index_error_however_it_is_read(tmp_path, index):
     write_tokens(tmp_path, np.zeros((10, 4), np.uint16), 3)
-    array = ChunkedArray(tmp_path)
+    array = open_array(tmp_path)
     for read in (array.take, array.will_need):
         with pytest.raises(IndexError):
             read([2, index])
@@ -145,7 +149,7 @@ def test_rows_that_were_asked_for_ahead_are_the_same(tmp_path, length):
     """Rows that begin and end inside pages, or cross them, to the last one of the file."""
     tokens = np.random.default_rng(0).integers(9, size=(9, length), dtype=np.uint16)
     write_tokens(tmp_path, tokens, 3)
-    array = ChunkedArray(tmp_path, DiskChunks(is_read_in_order=False))
+    array = ChunkedArray(tmp_path, DiskChunks(), is_read_in_order=False)
     array.will_need(range(9))
     assert np.array_equal(array.take(range(9)), tokens)
 

@@ -22,7 +22,7 @@ from llmt_prep.verify.hits import Hit, merged
 from llmt_prep.verify.rows import Counted, Expected, check_rows, offset_findings
 from llmt_prep.verify.spans import pair_findings
 from llmt_prep.verify.special import surroundings
-from llmt_shared.chunks import ArrayFolder
+from llmt_shared.chunks import ArrayFolder, DiskChunks
 from llmt_shared.config import StrictModel
 from llmt_shared.errors import FormatError
 from llmt_shared.manifest import NAME, Manifest, SplitEntry, read_manifest
@@ -143,7 +143,7 @@ def _check_split(
 ) -> tuple[list[Finding], Counted | None]:
     """Findings in one split, and its sums where its rows could be checked."""
     location, folder, manifest, _ = dataset
-    chunks = RangedChunks(location, folder) if isinstance(location, ObjectPath) else None
+    chunks = RangedChunks(location, folder) if isinstance(location, ObjectPath) else DiskChunks()
     own = ArrayFolder(folder / split, chunks)
     mine = {place for place in damaged if place.startswith(f"{split}/")}
     found = _check_arrays(location, own, manifest, split, mine)

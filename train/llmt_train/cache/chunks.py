@@ -77,7 +77,7 @@ class CachedChunks:
         """One for each that takes rows now; the threads end with the last."""
         weakref.finalize(self, self._reader.close)
 
-    def of(self, array: Path, layout: Layout) -> ArrayChunks:
+    def of(self, array: Path, layout: Layout, *, is_read_in_order: bool) -> ArrayChunks:
         """Return the chunks of one array; they are fetched when they are not there."""
         return _Cached(self, array, layout)
 

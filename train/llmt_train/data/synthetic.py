@@ -8,7 +8,7 @@ A chat, and each side of a pair, is a prompt and an answer: one span of targets,
 import hashlib
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +17,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
+from llmt_shared.chunks import unfollowed
 from llmt_shared.dataset import PairTable, RowSegments, SegmentTable
 from llmt_shared.errors import ConfigError
 from llmt_shared.manifest import TokenizerEntry
@@ -164,7 +165,7 @@ class SyntheticSplit:
 
     def follow(self, order: RowOrder | None) -> AbstractContextManager[Callable[[int], None]]:
         """Do nothing: rows are drawn when they are read."""
-        return nullcontext(lambda place: None)
+        return unfollowed()
 
     def longest_segment(self) -> int:
         """Return the tokens of the longest segment that may be drawn."""
