@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,15 @@ def real_data() -> Path:
     if not (folder / "wikitext2-test.txt").exists():
         pytest.skip("the real sample files are not beside this checkout")
     return folder
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Any]:
+    """A server of the S3 protocol on this machine, with an empty bucket: an `object_store.Server`."""
+    import object_store  # loads boto3 and moto
+
+    with object_store.serving() as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

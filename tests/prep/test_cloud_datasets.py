@@ -1,7 +1,7 @@
 """What is asked of a dataset below a URL is answered as of the same dataset on a disk, sound or damaged."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,6 @@ from llmt_shared.dataset import open_dataset
 from llmt_shared.objects import ObjectPath
 
 KINDS = ["pretrain", "sft", "preference"]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[object_store.Server]:
-    with object_store.serving() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -26,10 +26,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(corpus: Path) -> Iterator[object_store.Server]:
-    with object_store.serving() as running:
-        object_store.upload(running, corpus, "raw")
-        yield running
+def server(server: object_store.Server, corpus: Path) -> object_store.Server:
+    object_store.upload(server, corpus, "raw")
+    return server
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,5 @@
 """Which objects a URL means: those that the same pattern means below a folder."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import object_store
@@ -26,13 +25,12 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(raw: Path) -> Iterator[object_store.Server]:
-    with object_store.serving() as running:
-        object_store.upload(running, raw, "raw")
-        running.url("raw/marker").write_bytes(b"")  # of a "folder"
-        running.url("raw/marker/h.jsonl").write_bytes(b"{}\n")
-        running.url("rawer/i.jsonl").write_bytes(b"{}\n")
-        yield running
+def server(server: object_store.Server, raw: Path) -> object_store.Server:
+    object_store.upload(server, raw, "raw")
+    server.url("raw/marker").write_bytes(b"")  # of a "folder"
+    server.url("raw/marker/h.jsonl").write_bytes(b"{}\n")
+    server.url("rawer/i.jsonl").write_bytes(b"{}\n")
+    return server
 
 
 def found(*patterns: str, reading: Reading | None = None) -> list[str]:

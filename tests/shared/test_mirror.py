@@ -1,6 +1,5 @@
 """A dataset below a URL is the same dataset, and what is asked of it is all that is fetched."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,12 +10,6 @@ import small_datasets
 from llmt_shared.dataset import Dataset, open_dataset
 from llmt_shared.errors import FormatError
 from llmt_shared.objects import ObjectPath
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[object_store.Server]:
-    with object_store.serving() as running:
-        yield running
 
 
 @pytest.fixture(scope="module", params=["pretrain", "sft", "preference"])

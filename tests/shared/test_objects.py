@@ -18,10 +18,9 @@ CONTENT = np.random.default_rng(0).bytes(300_000)
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[object_store.Server]:
-    with object_store.serving() as running:
-        (running.url("some/object.bin")).write_bytes(CONTENT)
-        yield running
+def server(server: object_store.Server) -> object_store.Server:
+    server.url("some/object.bin").write_bytes(CONTENT)
+    return server
 
 
 @pytest.fixture(autouse=True)

@@ -31,12 +31,6 @@ BLOCK = 2
 """Shards that are shuffled together."""
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[object_store.Server]:
-    with object_store.serving() as running:
-        yield running
-
-
 @pytest.fixture(autouse=True)
 def _without_faults(server: object_store.Server) -> Iterator[None]:
     server.seen.clear()

@@ -33,12 +33,6 @@ LAST = block_at(0, 0, 1999, 2000, Blocks(100, BLOCK)).shards[-1]
 """A shard of the last block."""
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[object_store.Server]:
-    with object_store.serving() as running:
-        yield running
-
-
 @pytest.fixture(autouse=True)
 def _without_faults(server: object_store.Server) -> Iterator[None]:
     server.faults = object_store.Faults()
