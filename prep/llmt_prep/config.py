@@ -2,23 +2,12 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    PlainSerializer,
-    PlainValidator,
-    ValidationInfo,
-    WithJsonSchema,
-    field_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
 from llmt_prep.packing import CARRY, WINDOW, Overflow
-from llmt_shared.config import Bytes, Count, StrictModel, UserPath, parse_count
-from llmt_shared.mistakes import short
+from llmt_shared.config import Bytes, Count, StrictModel, UserLocation, UserPath, parse_count
 from llmt_shared.objects import Location, ObjectPath, location_of
 
 
@@ -37,12 +26,11 @@ def _source_path(text: str) -> str:
     return str(location) if isinstance(location, ObjectPath) or text.lower().startswith("file://") else text
 
 
-def _output(value: object) -> Location:
-    if not isinstance(value, (str, Path, ObjectPath)):
-        raise ValueError(f"found {short(value)}; wanted a path or URL")
-    location = value if isinstance(value, ObjectPath) else location_of(value)
+def _output(location: Location) -> Location:
     if isinstance(location, ObjectPath) and not location.can_list:
-        raise ValueError(f"found {str(value)!r}; a web server takes no datasets: wanted a path, or a URL such as s3://")
+        raise ValueError(
+            f"found {location.url!r}; a web server takes no datasets: wanted a path, or a URL such as s3://"
+        )
     return location
 
 
@@ -205,7 +193,7 @@ class MixConfig(StrictModel):
     """The whole of mix.yaml."""
 
     kind: Kind = "pretrain"
-    output: Annotated[Location, PlainValidator(_output), PlainSerializer(str), WithJsonSchema({"type": "string"})]
+    output: Annotated[UserLocation, AfterValidator(_output)]
     """Directory to make; it is written beside its final name and renamed when finished. Or a URL, such as
     s3://bucket/pt8k, below which there is nothing yet."""
     tokenizer: Annotated[TokenizerConfig, BeforeValidator(_as_tokenizer)]

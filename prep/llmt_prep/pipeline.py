@@ -256,10 +256,11 @@ def _finished_in_store(output: ObjectPath, recipe: str, *, force: bool) -> Built
     if not (output / NAME).exists():
         uploading.check_note(output, recipe)
         return None
-    way_out = "choose another `output`, or remove all objects below it first"
     if force:
-        raise ConfigError(f"{output}: holds a finished dataset, and --force replaces none in a store; {way_out}")
-    done = _sound(output, recipe, way_out)
+        raise ConfigError(
+            f"{output}: holds a finished dataset, and --force replaces none in a store; {uploading.WAY_OUT}"
+        )
+    done = _sound(output, recipe, uploading.WAY_OUT)
     uploading.release(output)  # a kill may have come between the manifest and this
     return done
 

@@ -23,7 +23,8 @@ from llmt_shared.objects import PART, ObjectPath, is_encrypted
 _TRIES = 4
 """At an object that does not arrive as it was sent."""
 _AT_ONCE = 8
-_WAY_OUT = "choose another `output`, or remove all objects below it first"
+WAY_OUT = "choose another `output`, or remove all objects below it first"
+"""What to do about an output that cannot be written over."""
 
 
 def check_free(output: ObjectPath) -> None:
@@ -44,11 +45,11 @@ def check_note(output: ObjectPath, recipe: str) -> None:
     except FileNotFoundError:
         return
     except (ValueError, LookupError, TypeError):
-        raise ConfigError(f"{output / NOTE}: not written by llmt-prep; {_WAY_OUT}") from None
+        raise ConfigError(f"{output / NOTE}: not written by llmt-prep; {WAY_OUT}") from None
     if not is_ours:
         raise ConfigError(
             f"{output}: holds an unfinished dataset made from another mix, input or tokenizer (by process "
-            f"{note.get('process')} on {note.get('host')}, since {note.get('started')}); {_WAY_OUT}"
+            f"{note.get('process')} on {note.get('host')}, since {note.get('started')}); {WAY_OUT}"
         )
 
 

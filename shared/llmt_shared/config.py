@@ -211,10 +211,10 @@ UserPath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(p
 
 
 def _location(value: object) -> Location:
-    if isinstance(value, Path | ObjectPath):
+    if isinstance(value, ObjectPath):
         return value
-    if not isinstance(value, str):
-        raise ValueError(f"found {short(value)}; wanted a path or a URL, such as s3://bucket/name")
+    if not isinstance(value, str | Path):
+        raise ValueError(f"found {short(value)}; wanted a path or URL, such as s3://bucket/name")
     return location_of(value)
 
 
