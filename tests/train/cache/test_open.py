@@ -77,10 +77,23 @@ def everything_but_tokens(data: Path) -> int:
 def test_with_room_for_one_to_two_blocks_each_shard_comes_once_in_an_epoch(
     data, url, server, tmp_path, monkeypatch, blocks
 ):
-    monkeypatch.setattr(chunks, "_PAUSE", 0.005)  # steps take far longer than a look for room, as in real runs
+    monkeypatch.setattr(chunks, "_PAUSE", 0.001)  # steps take longer than a look for room, as in real runs
     shard = size_of(data, "/train/tokens/c/0/")
     size = everything_but_tokens(data) + int(blocks * BLOCK * shard)
-    take_all(open_cached(url, CacheConfig(path=tmp_path, size=size), BLOCK), seconds=0.02)
+    take_all(open_cached(url, CacheConfig(path=tmp_path, size=size), BLOCK), seconds=0.004)
+    assert set(Counter(server.fetched("/train/tokens/c/")).values()) == {1}
+
+
+@pytest.mark.parametrize("delay", [0.01, 0.1])
+def test_while_a_block_is_being_ranked_nothing_of_the_one_before_is_fetched_again(
+    data, url, server, tmp_path, monkeypatch, delay
+):
+    """Its files go first then, and a thread that still has its list would see them missing."""
+    rank = chunks.CachedChunks._ranked
+    monkeypatch.setattr(chunks, "_PAUSE", 0.005)
+    monkeypatch.setattr(chunks.CachedChunks, "_ranked", lambda self, run: [rank(self, run), time.sleep(delay)][0])
+    size = everything_but_tokens(data) + int(1.75 * BLOCK * size_of(data, "/train/tokens/c/0/"))
+    take_all(open_cached(url, CacheConfig(path=tmp_path, size=size), BLOCK), seconds=0.004)
     assert set(Counter(server.fetched("/train/tokens/c/")).values()) == {1}
 
 

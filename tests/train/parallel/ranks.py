@@ -26,9 +26,9 @@ def on_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["llmt_train.fit"])
     with tempfile.TemporaryDirectory() as folder:
-        queue = context.SimpleQueue()
+        queue, is_over = context.SimpleQueue(), context.Event()
         processes = [
-            context.Process(target=_run, args=(rank, world, folder, queue, function, arguments), daemon=True)
+            context.Process(target=_run, args=(rank, world, folder, queue, is_over, function, arguments), daemon=True)
             for rank in range(world)
         ]
         for process in processes:
@@ -42,6 +42,7 @@ def on_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[
             if not are_alive:
                 break
             time.sleep(0.01)
+        is_over.set()
         for process in processes:
             if len(answers) < world:
                 process.kill()
@@ -53,7 +54,9 @@ def on_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[
     return [pickle.loads(answers[rank][1]) for rank in range(world)]
 
 
-def _run(rank: int, world: int, folder: str, queue: Any, function: Callable[..., Any], arguments: Any) -> None:
+def _run(
+    rank: int, world: int, folder: str, queue: Any, is_over: Any, function: Callable[..., Any], arguments: Any
+) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder) / "store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
@@ -63,4 +66,5 @@ def _run(rank: int, world: int, folder: str, queue: Any, function: Callable[...,
     except BaseException:
         queue.put((rank, (False, traceback.format_exc())))
         os._exit(1)  # the others may wait in a collective for ever; nothing here is worth a clean end
+    is_over.wait(_PATIENCE)  # another may still be connecting to this one, where the function sends nothing
     dist.destroy_process_group()

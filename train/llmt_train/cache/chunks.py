@@ -141,12 +141,13 @@ class CachedChunks:
     def _stand(self, run: Following) -> None:
         """See the run at a place, and what it needs from there, where it is in another block than before."""
         self._run = run
-        self._reader.tell(run)
         epoch, inside = divmod(run.place, run.num_rows)
         block = epoch, block_at(run.seed, epoch, inside, run.num_rows, run.blocks).first
         if block == self._block:
+            self._reader.tell(run)
             return
-        self._block = block
+        self._block, self._coming = block, []  # before others may remove the block that is over: see `_wanted`
+        self._reader.tell(run)
         self._due = run.place + shard_distances(run)
         coming = self._ranked(run)
         with self._wake:
@@ -203,7 +204,11 @@ class CachedChunks:
         """Distance and name of what is not there, in the order of use."""
         while self._hints:
             yield 0.0, self._hints.popleft()
-        yield from ((distance, name) for distance, name in self._coming if not (self._root / name).exists())
+        coming = self._coming
+        for distance, name in coming:
+            # Asked in this order: what went because its block is over is missing only after the list has changed.
+            if not (self._root / name).exists() and coming is self._coming:
+                yield distance, name
 
     def _try(self, name: str, distance: float) -> Outcome | None:
         """What became of it; ``None`` where it failed, now or before."""
