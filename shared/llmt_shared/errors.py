@@ -33,6 +33,10 @@ class StoreError(LlmtError):
     exit_code = 1
 
 
+class ShortObjectError(StoreError):
+    """An object that is shorter than what is to be read of it."""
+
+
 class Stopped(LlmtError):  # noqa: N818  not an error of anybody's: the run was asked to stop and can be resumed
     """The run ended early with its state saved; running the same command again resumes it."""
 

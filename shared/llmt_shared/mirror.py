@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from llmt_shared import durable
 from llmt_shared.chunks import ArrayChunks, Layout, unfollowed
-from llmt_shared.errors import FormatError
+from llmt_shared.errors import FormatError, ShortObjectError
 from llmt_shared.manifest import FileEntry, Manifest, read_manifest, refuse_wrong_files, wrong_files
 from llmt_shared.objects import Location, ObjectPath
 from llmt_shared.order import RowOrder
@@ -21,6 +21,7 @@ from llmt_shared.order import RowOrder
 _TRIES = 20
 """At a file whose content is another each time."""
 _AT_ONCE = 8
+_WAY_OUT = "Copy the dataset there again or pack it again"
 
 
 class Mirror(NamedTuple):
@@ -70,9 +71,10 @@ def fetch(location: ObjectPath, entry: FileEntry, file: BinaryIO) -> None:
     for _ in range(_TRIES):
         state = hashlib.sha256()
         file.seek(0)
-        for piece in _pieces(location, entry):
-            state.update(piece)
-            file.write(piece)
+        with _listed(location / entry.path):
+            for piece in (location / entry.path).pieces(entry.bytes):
+                state.update(piece)
+                file.write(piece)
         if state.hexdigest() == entry.sha256:
             return
         if state.hexdigest() in found:
@@ -80,7 +82,7 @@ def fetch(location: ObjectPath, entry: FileEntry, file: BinaryIO) -> None:
         found.add(state.hexdigest())
     raise FormatError(
         f"{location / entry.path}: sha256 is {state.hexdigest()}, also when it is read again; the manifest says "
-        f"{entry.sha256}. Copy the dataset there again or pack it again"
+        f"{entry.sha256}. {_WAY_OUT}"
     )
 
 
@@ -114,21 +116,23 @@ class _Ranged(NamedTuple):
         """Fetch elements; the chunk's checksum is of all of them, so it says nothing of some."""
         size, shape = self.layout.item_bytes, (stop - start, *self.layout.shape[1:])
         file = self.location / self.layout.file(Path(), chunk).as_posix()
-        content = file.read_range(start * size, stop * size)
+        with _listed(file):
+            content = file.read_range(start * size, stop * size)
         return np.frombuffer(content, self.layout.dtype, math.prod(shape)).reshape(shape)
 
     def will_need(self, chunk: int, places: Sequence[int]) -> None:
         """Do nothing."""
 
 
-def _pieces(location: ObjectPath, entry: FileEntry) -> Iterator[bytes]:
+@contextmanager
+def _listed(path: ObjectPath) -> Iterator[None]:
+    """Tell of a file of the manifest that is gone or cut short."""
     try:
-        yield from (location / entry.path).pieces(entry.bytes)
+        yield
     except FileNotFoundError:
-        raise FormatError(
-            f"{location / entry.path}: is not there any more; the manifest lists it with {entry.bytes} bytes. Copy the "
-            f"dataset there again or pack it again"
-        ) from None
+        raise FormatError(f"{path}: is not there any more, but the manifest lists it. {_WAY_OUT}") from None
+    except ShortObjectError as error:
+        raise FormatError(f"{error}. {_WAY_OUT}") from None
 
 
 def _copy(location: ObjectPath, folder: Path, entry: FileEntry) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from llmt_shared.credentials import aws_profile
-from llmt_shared.errors import ConfigError, StoreError
+from llmt_shared.errors import ConfigError, ShortObjectError, StoreError
 from llmt_shared.progress import say
 
 T = TypeVar("T")
@@ -128,7 +128,7 @@ class ObjectPath:
             content = bytes(library.get_range(store, self.key, start=start, end=stop))
             if len(content) != stop - start:
                 if (size := library.head(store, self.key)["size"]) < stop:
-                    raise StoreError(f"{self}: has {size} bytes; wanted those from {start} to {stop}")
+                    raise ShortObjectError(f"{self}: has {size} bytes; wanted those from {start} to {stop}")
                 raise _ShortAnswerError(f"{len(content)} bytes came of {stop - start}")
             return content
 

@@ -94,3 +94,12 @@ def test_a_dataset_that_grows_is_told_from_none(server):
     server.url("growing/PACKING.json").write_bytes(b"{}")
     with pytest.raises(FormatError, match=r"s3://bucket/growing: unfinished; run the same `llmt-prep pack` again"):
         open_dataset("s3://bucket/growing")
+
+
+@pytest.mark.parametrize(("content", "wanted"), [(None, "is not there any more"), (b"short", "has 5 bytes; wanted")])
+def test_a_chunk_that_goes_or_shrinks_after_the_dataset_was_opened_is_damage(local, server, content, wanted):
+    url = object_store.upload(server, local.folder, f"changing-{local.kind}-{content is None}")
+    remote, chunk = open_dataset(url), url / "train/tokens/c/0/0"
+    chunk.unlink() if content is None else chunk.write_bytes(content)
+    with pytest.raises(FormatError, match=rf"{chunk}: {wanted}.*\. Copy the dataset there again or pack it again"):
+        remote.train[0]

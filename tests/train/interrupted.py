@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Mapping
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,7 @@ def curve(output: Path) -> list[dict[str, Any]]:
 def interrupt(config: RunConfig, step: int, how: signal.Signals = signal.SIGKILL) -> None:
     """Run in another process and send it a signal as soon as it has logged a step, and one that is new."""
     wanted = max(step, 1 + max((record["step"] for record in read_metrics(config.output)), default=-1))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["llmt_train.fit"])
-    process = context.Process(target=_fit, args=(config, torch.get_num_threads(), dict(os.environ)))
-    process.start()
+    process = started(config)
     while process.is_alive() and not any(record["step"] >= wanted for record in read_metrics(config.output)):
         time.sleep(0.001)
     assert process.pid is not None
@@ -41,6 +39,15 @@ def interrupt(config: RunConfig, step: int, how: signal.Signals = signal.SIGKILL
     process.join()
     # Python ends with 1 on the exception that says that the run was stopped.
     assert process.exitcode == (-signal.SIGKILL if how == signal.SIGKILL else 1)
+
+
+def started(config: RunConfig) -> BaseProcess:
+    """Run in another process, with this one's environment and number of threads."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["llmt_train.fit"])
+    process = context.Process(target=_fit, args=(config, torch.get_num_threads(), dict(os.environ)))
+    process.start()
+    return process
 
 
 def _fit(config: RunConfig, num_threads: int, environment: Mapping[str, str]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import object_store
 import pytest
 import torch
-from train.interrupted import curve, interrupt
+from train.interrupted import curve, interrupt, started
 from train.test_fit import make_config
 from train.tiny_dataset import write_dataset
 
@@ -23,6 +23,7 @@ from llmt_shared.dataset import open_dataset
 from llmt_shared.errors import ConfigError, FormatError, StoreError
 from llmt_shared.objects import ObjectPath
 from llmt_shared.order import Blocks, block_at
+from llmt_train.cache import chunks
 from llmt_train.cache.folder import CacheFolder
 from llmt_train.config import RunConfig
 from llmt_train.fit import fit
@@ -32,7 +33,9 @@ BLOCK = 2
 
 
 @pytest.fixture(autouse=True)
-def _without_faults(server: object_store.Server) -> Iterator[None]:
+def _without_faults(server: object_store.Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """And with looks for room as often as is right for steps of some milliseconds."""
+    monkeypatch.setattr(chunks, "_PAUSE", 0.02)
     server.seen.clear()
     yield
     server.faults = object_store.Faults()
@@ -158,28 +161,14 @@ def test_a_killed_run_goes_on_from_the_same_cache(wanted, url, quarter, tmp_path
     assert curve(tmp_path / "run") == wanted
 
 
-RUN = """
-import sys, torch
-from llmt_shared.config import load_config
-from llmt_train.config import RunConfig
-from llmt_train.fit import fit
-from pathlib import Path
-torch.set_num_threads(1)
-fit(load_config(Path(sys.argv[1]), RunConfig))
-"""
-
-
 @pytest.mark.parametrize("share", [1, 100], ids=["a quarter", "everything"])
 def test_two_processes_share_what_one_has_fetched(wanted, url, quarter, server, tmp_path, share):
-    cache = {"path": str(tmp_path / "cache"), "size": quarter * share}
-    processes = []
+    cache = {"path": tmp_path / "cache", "size": quarter * share}
     with watched(tmp_path / "cache", quarter * share) as most:
-        for name in ("one", "two"):
-            config = config_of(url, tmp_path / name, cache=cache)
-            (tmp_path / f"{name}.yaml").write_text(config.model_dump_json())
-            command = [sys.executable, "-c", RUN, str(tmp_path / f"{name}.yaml")]
-            processes.append(subprocess.Popen(command, env=os.environ | object_store.environment(server)))
-        assert [process.wait() for process in processes] == [0, 0]
+        processes = [started(config_of(url, tmp_path / name, cache=cache)) for name in ("one", "two")]
+        for process in processes:
+            process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
     assert curve(tmp_path / "one") == curve(tmp_path / "two") == wanted
     assert most[0] <= quarter * share
     if share == 100:

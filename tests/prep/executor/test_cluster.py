@@ -55,7 +55,7 @@ def test_a_worker_does_as_this_process_would(cluster: Any, tmp_path: Path, monke
     assert found == [(str(tmp_path), 0o027, "false", "1")] * 2
 
 
-@pytest.mark.parametrize("count", [1_000, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [300, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_references_and_tasks_are_dropped_as_results_are_read(cluster: Any, count: int) -> None:
     """What is held is what is under way."""
     import ray

@@ -15,7 +15,7 @@ import pytest
 from train.tiny_dataset import write_dataset
 
 from llmt_shared.dataset import Dataset, open_dataset
-from llmt_shared.errors import ConfigError, FormatError, StoreError
+from llmt_shared.errors import ConfigError, FormatError
 from llmt_shared.manifest import FileEntry, read_manifest
 from llmt_shared.objects import ObjectPath
 from llmt_shared.order import Blocks, block_at
@@ -73,7 +73,7 @@ def everything_but_tokens(data: Path) -> int:
     return total - size_of(data, "/train/tokens/c/")
 
 
-@pytest.mark.parametrize("blocks", [1, 1.25, 1.5, 1.75, 2])
+@pytest.mark.parametrize("blocks", [1, 1.5, 2])
 def test_with_room_for_one_to_two_blocks_each_shard_comes_once_in_an_epoch(
     data, url, server, tmp_path, monkeypatch, blocks
 ):
@@ -84,7 +84,7 @@ def test_with_room_for_one_to_two_blocks_each_shard_comes_once_in_an_epoch(
     assert set(Counter(server.fetched("/train/tokens/c/")).values()) == {1}
 
 
-@pytest.mark.parametrize("delay", [0.01, 0.1])
+@pytest.mark.parametrize("delay", [0.05])
 def test_while_a_block_is_being_ranked_nothing_of_the_one_before_is_fetched_again(
     data, url, server, tmp_path, monkeypatch, delay
 ):
@@ -206,7 +206,7 @@ def test_a_shard_that_was_replaced_by_a_shorter_one_is_named_and_the_log_is_not_
     url = object_store.upload(server, data, "replaced")
     dataset = open_cached(url, CacheConfig(path=tmp_path), BLOCK)
     (url / f"train/tokens/c/{LAST}/0").write_bytes(b"short")
-    with pytest.raises(StoreError, match=rf"replaced/train/tokens/c/{LAST}/0: has 5 bytes"):
+    with pytest.raises(FormatError, match=rf"replaced/train/tokens/c/{LAST}/0: has 5 bytes; wanted .*pack it again"):
         take_all(dataset, seconds=0.005)
     assert uncaught == []
     assert len(capsys.readouterr().err.splitlines()) <= 1

@@ -211,7 +211,7 @@ print(memory("VmHWM") - before)  # not ru_maxrss, which a process inherits from 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux how much memory a process had")
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("qwen3", marks=pytest.mark.slow)])
 def test_a_process_grows_by_what_is_estimated(family, monkeypatch):
     """Of blocks that go back to the system when they are free: what an allocator keeps for later is not counted."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")

@@ -35,7 +35,9 @@ def losses(output: Path) -> list[float]:
     return [record["loss"] for record in read_metrics(output) if "loss" in record]
 
 
-@pytest.mark.parametrize(("family", "asynchronous"), [("llama", True), ("phi3", False)])
+@pytest.mark.parametrize(
+    ("family", "asynchronous"), [("llama", True), pytest.param("phi3", False, marks=pytest.mark.slow)]
+)
 def test_a_run_goes_from_layout_to_layout(tmp_path: Path, family: str, asynchronous: bool) -> None:
     run = {
         "task": "pretrain", "model": {"from_config": FAMILIES[family]}, "batch": {"tokens": 96, "micro_rows": 1},
