@@ -130,7 +130,7 @@ def _listed(path: ObjectPath) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise FormatError(f"{path}: is not there any more, but the manifest lists it. {_WAY_OUT}") from None
+        raise FormatError(f"{path}: is not there any more; the manifest lists it. {_WAY_OUT}") from None
     except ShortObjectError as error:
         raise FormatError(f"{error}. {_WAY_OUT}") from None
 

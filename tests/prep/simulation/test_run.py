@@ -108,7 +108,12 @@ def test_of_a_corpus_that_is_sampled_whole_rows_and_files_are_exact(mix: dict[st
 
 
 @pytest.mark.parametrize(
-    ("kind", "overflow"), [("sft", "drop"), ("preference", "drop"), ("preference", "truncate_prompt")]
+    ("kind", "overflow"),
+    [
+        ("sft", "drop"),
+        pytest.param("preference", "drop", marks=pytest.mark.slow),
+        ("preference", "truncate_prompt"),
+    ],
 )
 def test_chats_and_pairs_are_foreseen_too(kind: str, overflow: str, tmp_path: Path) -> None:
     corpus = write_chats(tmp_path / "corpus")
