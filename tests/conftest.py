@@ -38,6 +38,14 @@ def server() -> Iterator[Any]:
         yield running
 
 
+@pytest.fixture
+def without_faults(server: Any) -> Iterator[None]:
+    """A test sees its own requests alone, and leaves a server that has no faults."""
+    server.seen.clear()
+    yield
+    server.faults = type(server.faults)()
+
+
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
     """Some hundred real documents: the topics of Python's own help, which every machine has."""

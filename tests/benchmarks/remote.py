@@ -11,18 +11,17 @@ import shutil
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import object_store
+from train.cache.held_bytes import watched
 from train.tiny_dataset import write_dataset
 
 from llmt_shared.dataset import Dataset, open_dataset
 from llmt_shared.objects import ObjectPath
-from llmt_train.cache.folder import CacheFolder
 from llmt_train.cache.open import open_cached
 from llmt_train.config import BatchConfig, CacheConfig, TrainConfig
 from llmt_train.data.stream import Prefetched, plan_run, train_batches
@@ -48,18 +47,8 @@ def remote(url: ObjectPath, size: int, cache: Path) -> tuple[float, int]:
     """Seconds of one epoch with an empty cache, and the most bytes that it held."""
     shutil.rmtree(cache, ignore_errors=True)
     dataset = open_cached(url, CacheConfig(path=cache, size=size), SHUFFLED)
-    folder, most, stop = CacheFolder(cache, size), [0], threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.01):
-            with folder.deciding():
-                most[0] = max(most[0], sum(each.stat().st_size for each in folder._files()))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    seconds = epoch(dataset)
-    stop.set()
-    watcher.join()
+    with watched(cache, size, pause=0.01) as most:
+        seconds = epoch(dataset)
     return seconds, most[0]
 
 

@@ -113,11 +113,8 @@ def test_no_dataset_is_one_message(server, command, url):
     assert f"{url}: no dataset (MANIFEST.json: no such " in result.stdout + str(result.exception)
 
 
-def test_verify_without_access_is_one_message(urls, server):
+def test_verify_without_access_is_one_message(urls, server, without_faults):
     server.faults = object_store.Faults(refused=1)
-    try:
-        result = CliRunner().invoke(app, ["verify", str(urls["pretrain"])])
-    finally:
-        server.faults = object_store.Faults()
+    result = CliRunner().invoke(app, ["verify", str(urls["pretrain"])])
     assert getattr(result.exception, "exit_code", None) == 2
     assert "the store refuses access" in str(result.exception)

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from llmt_shared import objects
 from llmt_shared.dataset import open_dataset
 from llmt_shared.errors import ConfigError, DataError, StoreError
 
+pytestmark = pytest.mark.usefixtures("without_faults")
+
 OF_NAMES = {"files.parquet", "mix.json", "quarantine.jsonl", "MANIFEST.json", "run.json"}
 """Files of a dataset that say where its sources lie."""
 KINDS = ["pretrain", "sft", "preference"]
@@ -42,12 +44,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(server: object_store.Server, corpus: Path) -> object_store.Server:
     object_store.upload(server, corpus, "raw")
     return server
-
-
-@pytest.fixture(autouse=True)
-def _without_faults(server: object_store.Server) -> Iterator[None]:
-    yield
-    server.faults = object_store.Faults()
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,8 @@ from llmt_prep.hashes import FileHashes, FileStat, Job, hash_input
 from llmt_shared import objects
 from llmt_shared.errors import DataError, StoreError
 
+pytestmark = pytest.mark.usefixtures("without_faults")
+
 NAMES = ["web/a.jsonl", "web/b.jsonl", "web/c.jsonl.zst", "web/d.jsonl.gz", "code.parquet", "stream.arrow",
          "file.arrow", "notes.txt"]  # fmt: skip
 
@@ -32,13 +34,12 @@ def server(server: object_store.Server, corpus: Path) -> object_store.Server:
 
 
 @pytest.fixture(autouse=True)
-def temporary(server: object_store.Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where copies lie; there are none in the end."""
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setattr(objects, "PATIENCE", 20)
     yield tmp_path / "temporary"
-    server.faults = object_store.Faults()
     assert list((tmp_path / "temporary").iterdir()) == []
 
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from llmt_shared.dataset import open_dataset
 from llmt_shared.errors import ConfigError, FormatError, Stopped, StoreError
 from llmt_shared.objects import ObjectPath
 
+pytestmark = pytest.mark.usefixtures("without_faults")
+
 Make = Callable[..., dict[str, Any]]
 
 
@@ -42,12 +44,10 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _at_work(server: object_store.Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test in a working directory of its own, which is where the work of an output in a store lies."""
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    yield
-    server.faults = object_store.Faults()
 
 
 @pytest.fixture

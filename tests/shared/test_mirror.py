@@ -76,12 +76,9 @@ def test_a_small_file_with_other_bytes_is_refused(local, server):
         open_dataset(url)
 
 
-def test_a_bit_that_flips_on_the_way_is_read_again(local, url, server):
+def test_a_bit_that_flips_on_the_way_is_read_again(local, url, server, without_faults):
     server.faults = object_store.Faults(flipped=0.3, only="ledger")
-    try:
-        assert open_dataset(url).digest == local.digest
-    finally:
-        server.faults = object_store.Faults()
+    assert open_dataset(url).digest == local.digest
 
 
 def test_what_holds_no_manifest_is_no_dataset(server):

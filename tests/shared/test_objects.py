@@ -1,7 +1,6 @@
 """Objects by URL: what is written is read back, in spite of a store and a network that fail now and then."""
 
 import io
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,8 @@ from llmt_shared import objects
 from llmt_shared.errors import ConfigError, StoreError
 from llmt_shared.objects import ObjectPath, location_of
 
+pytestmark = pytest.mark.usefixtures("without_faults")
+
 CONTENT = np.random.default_rng(0).bytes(300_000)
 
 
@@ -24,10 +25,8 @@ def server(server: object_store.Server) -> object_store.Server:
 
 
 @pytest.fixture(autouse=True)
-def _without_faults(server: object_store.Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(objects, "PIECE", 40_000)
-    yield
-    server.faults = object_store.Faults()
 
 
 @pytest.mark.parametrize("key", ["plain.txt", "with space/é#1.txt", "a%20b.jsonl", "deep/er/x=1/part-0.parquet"])

@@ -3,17 +3,14 @@
 import os
 import subprocess
 import sys
-import threading
-import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import object_store
 import pytest
 import torch
+from train.cache.held_bytes import watched
 from train.interrupted import curve, interrupt, started
 from train.test_fit import make_config
 from train.tiny_dataset import write_dataset
@@ -24,21 +21,19 @@ from llmt_shared.errors import ConfigError, FormatError, StoreError
 from llmt_shared.objects import ObjectPath
 from llmt_shared.order import Blocks, block_at
 from llmt_train.cache import chunks
-from llmt_train.cache.folder import CacheFolder
 from llmt_train.config import RunConfig
 from llmt_train.fit import fit
+
+pytestmark = pytest.mark.usefixtures("without_faults")
 
 BLOCK = 2
 """Shards that are shuffled together."""
 
 
 @pytest.fixture(autouse=True)
-def _without_faults(server: object_store.Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """And with looks for room as often as is right for steps of some milliseconds."""
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looks for room as often as is right for steps of some milliseconds."""
     monkeypatch.setattr(chunks, "_PAUSE", 0.02)
-    server.seen.clear()
-    yield
-    server.faults = object_store.Faults()
 
 
 @pytest.fixture(scope="module")
@@ -73,26 +68,6 @@ def wanted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[st
     output = tmp_path_factory.mktemp("local") / "run"
     fit(config_of(data, output))
     return curve(output)
-
-
-@contextmanager
-def watched(path: Path, limit: int) -> Iterator[list[int]]:
-    """Add up all files of a cache again and again; the list holds the most that was there at once."""
-    folder, most, stop = CacheFolder(path, limit), [0], threading.Event()
-
-    def watch() -> None:
-        while not stop.is_set():
-            with folder.deciding():
-                most[0] = max(most[0], sum(each.stat().st_size for each in folder._files()))
-            time.sleep(0.001)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield most
-    finally:
-        stop.set()
-        thread.join()
 
 
 def test_the_curve_is_the_local_one_with_room_for_a_quarter_of_the_data(wanted, url, quarter, tmp_path):

@@ -17,18 +17,13 @@ from unittest.mock import patch
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from train.cache.held_bytes import SIZE, fill, in_all
 
 from llmt_shared.errors import ConfigError
 from llmt_train.cache import readers
 from llmt_train.cache.distance import Following
 from llmt_train.cache.folder import CacheFolder, Outcome
 from llmt_train.reference import overlay_path
-
-SIZE = 1000
-
-
-def fill(file: BinaryIO) -> None:
-    file.write(b"x" * SIZE)
 
 
 def shard(folder: CacheFolder, number: int) -> Path:
@@ -37,11 +32,6 @@ def shard(folder: CacheFolder, number: int) -> Path:
 
 def held(folder: CacheFolder) -> set[int]:
     return {int(path.parent.name) for path in (folder.path / "data").rglob("0") if path.is_file()}
-
-
-def in_all(folder: CacheFolder) -> int:
-    return sum(path.stat().st_size for path in folder.path.rglob("*") if path.is_file() and path.parent != folder.path
-               and path.parent.name != "readers")  # fmt: skip
 
 
 @pytest.fixture

@@ -6,12 +6,11 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import object_store
 import pytest
+from train.cache.held_bytes import fill, in_all
 from train.tiny_dataset import write_dataset
 
 from llmt_shared.dataset import Dataset, open_dataset
@@ -27,18 +26,12 @@ from llmt_train.cache.readers import Reader
 from llmt_train.config import BatchConfig, CacheConfig, TrainConfig
 from llmt_train.data.stream import Prefetched, plan_run, train_batches
 
+pytestmark = pytest.mark.usefixtures("without_faults")
+
 BLOCK = 4
 LENGTH = 512
 LAST = block_at(0, 0, 1999, 2000, Blocks(100, BLOCK)).shards[-1]
 """A shard of the last block."""
-
-
-@pytest.fixture(autouse=True)
-def _without_faults(server: object_store.Server) -> Iterator[None]:
-    server.faults = object_store.Faults()
-    server.seen.clear()
-    yield
-    server.faults = object_store.Faults()
 
 
 @pytest.fixture(scope="module")
@@ -73,36 +66,29 @@ def everything_but_tokens(data: Path) -> int:
     return total - size_of(data, "/train/tokens/c/")
 
 
+def fetches_of_shards(data: Path, url: ObjectPath, server: object_store.Server, cache: Path, blocks: float) -> set[int]:
+    """How often shards of tokens are fetched in an epoch, with room for so many blocks of them."""
+    size = everything_but_tokens(data) + int(blocks * BLOCK * size_of(data, "/train/tokens/c/0/"))
+    take_all(open_cached(url, CacheConfig(path=cache, size=size), BLOCK), seconds=0.004)
+    return set(Counter(server.fetched("/train/tokens/c/")).values())
+
+
 @pytest.mark.parametrize("blocks", [1, 1.5, 2])
 def test_with_room_for_one_to_two_blocks_each_shard_comes_once_in_an_epoch(
     data, url, server, tmp_path, monkeypatch, blocks
 ):
     monkeypatch.setattr(chunks, "_PAUSE", 0.001)  # steps take longer than a look for room, as in real runs
-    shard = size_of(data, "/train/tokens/c/0/")
-    size = everything_but_tokens(data) + int(blocks * BLOCK * shard)
-    take_all(open_cached(url, CacheConfig(path=tmp_path, size=size), BLOCK), seconds=0.004)
-    assert set(Counter(server.fetched("/train/tokens/c/")).values()) == {1}
+    assert fetches_of_shards(data, url, server, tmp_path, blocks) == {1}
 
 
-@pytest.mark.parametrize("delay", [0.05])
 def test_while_a_block_is_being_ranked_nothing_of_the_one_before_is_fetched_again(
-    data, url, server, tmp_path, monkeypatch, delay
+    data, url, server, tmp_path, monkeypatch
 ):
     """Its files go first then, and a thread that still has its list would see them missing."""
     rank = chunks.CachedChunks._ranked
     monkeypatch.setattr(chunks, "_PAUSE", 0.005)
-    monkeypatch.setattr(chunks.CachedChunks, "_ranked", lambda self, run: [rank(self, run), time.sleep(delay)][0])
-    size = everything_but_tokens(data) + int(1.75 * BLOCK * size_of(data, "/train/tokens/c/0/"))
-    take_all(open_cached(url, CacheConfig(path=tmp_path, size=size), BLOCK), seconds=0.004)
-    assert set(Counter(server.fetched("/train/tokens/c/")).values()) == {1}
-
-
-def fill(file: BinaryIO) -> None:
-    file.write(b"x" * 1000)
-
-
-def in_all(folder: CacheFolder) -> int:
-    return sum(path.stat().st_size for path in folder._files())
+    monkeypatch.setattr(chunks.CachedChunks, "_ranked", lambda self, run: [rank(self, run), time.sleep(0.05)][0])
+    assert fetches_of_shards(data, url, server, tmp_path, 1.75) == {1}
 
 
 def test_opening_keeps_the_limit_though_all_that_is_there_is_needed_now(url, tmp_path):

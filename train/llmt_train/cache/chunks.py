@@ -143,11 +143,12 @@ class CachedChunks:
         self._run = run
         epoch, inside = divmod(run.place, run.num_rows)
         block = epoch, block_at(run.seed, epoch, inside, run.num_rows, run.blocks).first
-        if block == self._block:
-            self._reader.tell(run)
-            return
-        self._block, self._coming = block, []  # before others may remove the block that is over: see `_wanted`
+        is_new = block != self._block
+        if is_new:
+            self._block, self._coming = block, []  # before others may remove the block that is over: see `_wanted`
         self._reader.tell(run)
+        if not is_new:
+            return
         self._due = run.place + shard_distances(run)
         coming = self._ranked(run)
         with self._wake:
