@@ -54,9 +54,35 @@ def joined(cluster: Any, workers: int | None = None, **more: Any) -> Iterator[Ex
         yield executor
 
 
+def raylet_of(node: Any) -> int:
+    """The process whose children are a node's workers."""
+    (raylet,) = node.all_processes["raylet"]
+    return int(raylet.process.pid)
+
+
 def kill_node(node: Any) -> None:
     """End a node as a power cut does: its raylet, and all workers of it."""
-    (raylet,) = (each.process.pid for each in node.all_processes["raylet"])
-    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(raylet)], capture_output=True, text=True, check=False)
-    for pid in [raylet, *map(int, listed.stdout.split())]:
+    for pid in [raylet_of(node), *_workers(node)]:
         os.kill(pid, signal.SIGKILL)
+
+
+def kill_busy_node(node: Any) -> bool:
+    """End a node likewise where a task runs on it, and tell whether it was so."""
+    os.kill(raylet_of(node), signal.SIGSTOP)  # no worker comes meanwhile
+    for pid in _workers(node):
+        os.kill(pid, signal.SIGSTOP)
+    is_busy = any(title.removeprefix("ray::").islower() for title in _workers(node).values())  # else IDLE, or an agent
+    if is_busy:
+        kill_node(node)
+    else:
+        for pid in [*_workers(node), raylet_of(node)]:
+            os.kill(pid, signal.SIGCONT)
+    return is_busy
+
+
+def _workers(node: Any) -> dict[int, str]:
+    """Processes of a node, with what each does: ``ray::`` and the name of a function, of an agent or IDLE."""
+    command = ["ps", "-o", "pid=,args=", "--ppid", str(raylet_of(node))]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    parts = (line.split(None, 1) for line in listed.splitlines())
+    return {int(pid): title.strip() for pid, title in parts}

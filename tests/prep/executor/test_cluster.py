@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import small_tasks
-from ray_cluster import joined, kill_node, node_of, running_cluster
+from ray_cluster import joined, kill_node, node_of, raylet_of, running_cluster
 
 from llmt_prep.executor import opened
 from llmt_shared.errors import ConfigError, DataError, LlmtError, Stopped
@@ -27,14 +28,17 @@ def cluster() -> Iterator[Any]:
         yield cluster
 
 
-def test_every_task_gives_its_result_once_and_the_work_is_spread(cluster: Any) -> None:
+def test_every_task_gives_its_result_once(cluster: Any) -> None:
     with joined(cluster) as executor:
         assert (executor.workers, executor.hosts) == (2, 1)
         assert sorted(executor.run(small_tasks.square, ((n,) for n in range(40)))) == [(n, n * n) for n in range(40)]
         assert executor.report() == {"executor": "ray", "workers": 2, "nodes": 2, "cpus": 2}
-        processes = {parent for _, parent in executor.run(small_tasks.parent, ((0.2,) for _ in range(6)))}
-    raylets = {each.process.pid for node in cluster.list_all_nodes() for each in node.all_processes["raylet"]}
-    assert processes == raylets
+
+
+def test_as_many_tasks_run_at_once_as_the_nodes_have_cpus(cluster: Any, tmp_path: Path) -> None:
+    with joined(cluster) as executor:
+        parents = [parent for _, parent in executor.run(small_tasks.meet, ((tmp_path, n, 2) for n in range(2)))]
+    assert sorted(parents) == sorted(raylet_of(node) for node in cluster.list_all_nodes())
 
 
 def test_one_task_or_none_needs_no_cluster() -> None:
@@ -100,17 +104,25 @@ def test_a_task_that_kills_every_worker_stops_the_run_and_is_named(cluster: Any,
         list(executor.run(small_tasks.die_times, [(tmp_path / str(n), 9 * n) for n in range(2)]))
 
 
-def test_a_lost_node_costs_time_only_and_a_line(cluster: Any, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_lost_node_costs_time_only_and_a_line(
+    cluster: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     node = cluster.add_node(**node_of(2))
-    with joined(cluster) as executor:
+    raylet = raylet_of(node)
+
+    def lose_node() -> None:
+        small_tasks.meet(tmp_path, -1, 5)
+        kill_node(node)
+        (tmp_path / "killed").touch()
+
+    with joined(cluster) as executor, ThreadPoolExecutor(1) as beside:
         assert executor.workers == 4
-        results: dict[int, int] = {}
-        for index, result in executor.run(small_tasks.slow_square, ((n, 0.3) for n in range(24))):
-            results[index] = result
-            if len(results) == 4:
-                kill_node(node)
+        lost = beside.submit(lose_node)
+        parents = dict(executor.run(small_tasks.meet, ((tmp_path, n, 6) for n in range(24))))
+        lost.result()
     cluster.remove_node(node, allow_graceful=False)
-    assert results == {n: n * n for n in range(24)}
+    assert sorted(parents) == list(range(24))
+    assert raylet not in parents.values()
     out, err = capfd.readouterr()
     first, *more = err.splitlines()
     assert first.startswith("ray: 3 nodes, 4 CPUs at ")
