@@ -40,6 +40,7 @@ class Faults:
     stalled: float = 0.0
     """Nothing for `stall` seconds."""
     stall: float = 2.0
+    """Or until others are set; then the connection ends without an answer."""
     only: str = ""
     """Only requests whose path holds this."""
     dice: random.Random = field(default_factory=lambda: random.Random(0))
@@ -125,8 +126,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.store.faults.refused and self._happens("refused"):
             self._answer(403, {}, b"<Error><Code>InvalidAccessKeyId</Code></Error>")
             return
-        if self._happens("stalled"):
-            time.sleep(self.server.store.faults.stall)
+        if self._happens("stalled") and not self._stall():
+            self.close_connection = True
+            return
         self.server.store.seen.append((self.command, urlsplit(self.path).path, self.headers.get("Range", "")))
         upstream = http.client.HTTPConnection(self.server.upstream, timeout=60)
         upstream.request(self.command, self.path, body, dict(self.headers))
@@ -134,6 +136,14 @@ class _Handler(BaseHTTPRequestHandler):
         content = answer.read()
         upstream.close()
         self._answer(answer.status, dict(answer.getheaders()), self._flipped(content))
+
+    def _stall(self) -> bool:
+        """Wait; whether the same faults hold afterwards."""
+        faults = self.server.store.faults
+        end = time.monotonic() + faults.stall
+        while faults is self.server.store.faults and time.monotonic() < end:
+            time.sleep(0.01)
+        return faults is self.server.store.faults
 
     def _flipped(self, content: bytes) -> bytes:
         if self.command != "GET" or not content or not self._happens("flipped"):

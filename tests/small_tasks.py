@@ -5,6 +5,8 @@ import signal
 import time
 from pathlib import Path
 
+from llmt_prep.shards import SplitTask, write_shard
+from llmt_prep.unit_task import TokenizeTask, UnitMeta, run_task
 from llmt_shared import durable
 from llmt_shared.errors import DataError
 
@@ -38,6 +40,17 @@ def do(what: str, folder: Path) -> None:
         raise DataError("bad record")
     if what == "fail oddly":
         raise UnpicklableError(1, 2)
+
+
+def run_task_slowly(task: TokenizeTask) -> UnitMeta:
+    """So that tasks of other nodes run meanwhile."""
+    time.sleep(0.2)
+    return run_task(task)
+
+
+def write_shard_slowly(task: SplitTask, shard: int) -> None:
+    time.sleep(0.2)
+    write_shard(task, shard)
 
 
 def exhaust(number: int) -> None:

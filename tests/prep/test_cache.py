@@ -77,7 +77,7 @@ def test_runs_that_have_ended_are_not_named(cache):
         lock.write_text(line.replace(f"process {os.getpid()} ", f"process {ended.pid} ") + line)
         with pytest.raises(ConfigError) as error, being_pruned(cache):
             pass
-    assert str(ended.pid) not in str(error.value)
+    assert f"process {ended.pid} " not in str(error.value)
     assert str(error.value).count("process") == 1
 
 

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch.distributed as dist
@@ -31,9 +30,10 @@ def test_a_second_interrupt_leaves_at_once_with_130() -> None:
     )
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
+    assert process.stderr is not None
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    time.sleep(0.3)
+    assert any(b"finishing this step" in line for line in process.stderr)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)

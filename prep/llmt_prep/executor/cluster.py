@@ -192,14 +192,15 @@ class Cluster:
     def _wait_for_nodes(self) -> list[Node]:
         deadline = time.monotonic() + _WAIT
         wanted = f"a CPU and {size(self._memory)} of memory for a task (`ray.memory`)"
-        while not (nodes := usable_nodes(ray.nodes(), self._memory)):
+        if not (nodes := usable_nodes(ray.nodes(), self._memory)):
+            say(f"ray: no node has {wanted} yet; waiting {_WAIT:.0f} s for one to come")
+        while not nodes:
             if time.monotonic() > deadline:
                 raise ConfigError(
                     f"the Ray cluster at {self._head}: no node has {wanted}; start one that has, or set a smaller one"
                 )
-            if deadline - time.monotonic() > _WAIT - 1:
-                say(f"ray: no node has {wanted} yet; waiting {_WAIT:.0f} s for one to come")
             time.sleep(1)
+            nodes = usable_nodes(ray.nodes(), self._memory)
         return nodes
 
     def _described(self) -> str:

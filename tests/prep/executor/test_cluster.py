@@ -16,7 +16,7 @@ import pytest
 import small_tasks
 from ray_cluster import joined, kill_node, node_of, raylet_of, running_cluster
 
-from llmt_prep.executor import opened
+from llmt_prep.executor import dispatch, opened
 from llmt_shared.errors import ConfigError, DataError, LlmtError, Stopped
 
 pytest.importorskip("ray", reason="the extra `ray` is not installed")
@@ -82,7 +82,8 @@ def test_references_and_tasks_are_dropped_as_results_are_read(cluster: Any, coun
     assert most < 20
 
 
-def test_what_a_task_raises_arrives_as_itself(cluster: Any, tmp_path: Path) -> None:
+def test_what_a_task_raises_arrives_as_itself(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_GRACE", 60.0)  # Ray may need seconds to pass on that a task shall end
     with joined(cluster) as executor, pytest.raises(DataError) as error:
         list(executor.run(small_tasks.do, [("write", tmp_path), ("fail", tmp_path)]))
     assert str(error.value) == "bad record"

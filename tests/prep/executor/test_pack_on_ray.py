@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_tasks
 from ray_cluster import MEMORY, kill_busy_node, node_of, running_cluster
 from ruamel.yaml import YAML
 from small_datasets import build_chats
 
-from llmt_prep import ingest, pipeline
+from llmt_prep import ingest, pipeline, shards
 from llmt_prep.config import MixConfig
 from llmt_prep.pipeline import build_dataset, dry_run, explain_cache
 from llmt_shared.dataset import open_dataset
@@ -24,6 +25,8 @@ pytest.importorskip("ray", reason="the extra `ray` is not installed")
 
 MANY_TASKS = {"unit_size": 5000, "shard_size": 20_000}
 COMMAND = [sys.executable, "-m", "llmt_prep", "pack", "--mix"]
+PATIENT = "from llmt_prep.executor import dispatch; dispatch._GRACE = 60.0; from llmt_prep.cli import main; main()"
+"""The command, but tasks have a minute to end: Ray may need seconds to pass on that they shall."""
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +76,14 @@ def test_a_node_that_is_lost_in_the_middle_changes_nothing(
     mix: dict[str, Any], cluster: Any, on_ray: dict[str, Any], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    mix["engine"] = "tokenizers"
     reference = build_dataset(MixConfig.model_validate(apart(mix, "local")), workers=1)
+    monkeypatch.setattr(ingest, "run_task", small_tasks.run_task_slowly)
+    monkeypatch.setattr(shards, "write_shard", small_tasks.write_shard_slowly)
     for module in (ingest, pipeline):  # one while units are tokenized, one while shards are gathered
         monkeypatch.setattr(module, "stage", losing(cluster, module.stage, cluster.add_node(**node_of(2))))
     built = build_dataset(MixConfig.model_validate(apart(mix, "ray") | on_ray))
     assert built.digest == reference.digest
-    assert len(cluster.worker_nodes) == 1
+    assert len(cluster.worker_nodes) == 1  # both are lost
     assert "is done again, try 2 of 4" in capsys.readouterr().err
 
 
@@ -142,7 +146,10 @@ def test_a_run_that_is_stopped_ends_its_tasks_and_goes_on_later(
     mix |= {"engine": "tokenizers", "sources": {"many": {"path": str(tmp_path / "many.jsonl")}}}
     reference = build_dataset(MixConfig.model_validate(apart(mix, "local") | {"engine": "auto"}), workers=1)
     mix = apart(mix, "ray") | on_ray | {"unit_size": 50_000}
-    command, units = [*COMMAND, str(written(mix, tmp_path / "mix.yaml"))], Path(mix["cache"]) / "units"
+    command, units = (
+        [sys.executable, "-c", PATIENT, *COMMAND[3:], str(written(mix, tmp_path / "mix.yaml"))],
+        Path(mix["cache"]) / "units",
+    )
     stopped = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while stopped.poll() is None and len(list(units.glob("*/*"))) < 5:
         time.sleep(0.002)

@@ -282,3 +282,30 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"cache.path: .*file/cache: .*; wanted a folder to write to"):
         CacheFolder(tmp_path / "file" / "cache", SIZE)
+
+
+def test_what_is_not_wanted_any_more_when_its_turn_comes_removes_nothing(folder):
+    for number in range(3):
+        folder.fetch(shard(folder, number), SIZE, fill, -1)
+    wanted, lock = [True], fcntl.flock
+
+    def lock_late(descriptor: int, how: int) -> None:
+        lock(descriptor, how)
+        wanted[0] = False
+
+    with patch.object(fcntl, "flock", lock_late):
+        assert folder.fetch(shard(folder, 3), SIZE, fill, -1, lambda: wanted[0]) is Outcome.UNWANTED
+    assert held(folder) == {0, 1, 2}
+
+
+def test_a_cache_that_is_removed_while_somebody_waits_for_its_lock_is_not_made_anew(folder):
+    lock = fcntl.flock
+
+    def lock_late(descriptor: int, how: int) -> None:
+        if how == fcntl.LOCK_EX and folder.path.exists():
+            folder.path.rename(folder.path.with_name("moved"))
+        lock(descriptor, how)
+
+    with patch.object(fcntl, "flock", lock_late), pytest.raises(FileNotFoundError):
+        folder.fetch(shard(folder, 0), SIZE, fill, -1)
+    assert not folder.path.exists()

@@ -118,14 +118,15 @@ def test_what_was_copied_when_a_dataset_is_opened_stays_until_it_is_open(data, u
 
 
 def test_opening_from_a_slow_store_keeps_no_other_run_waiting(url, server, tmp_path):
-    server.faults = object_store.Faults(stalled=1, stall=3, only="tokenizer.json")
+    server.faults = object_store.Faults(stalled=1, stall=60, only="tokenizer.json")
     opening = threading.Thread(target=open_cached, args=(url, CacheConfig(path=tmp_path), BLOCK))
     opening.start()
     while not server.met["stalled"]:
         time.sleep(0.01)
-    folder, started = CacheFolder(tmp_path, 10**9), time.monotonic()
+    folder = CacheFolder(tmp_path, 10**9)
     assert folder.fetch(folder.path / "other" / "file", 1000, fill, -1) is Outcome.THERE
-    assert time.monotonic() - started < 1.5
+    assert opening.is_alive()
+    server.faults = object_store.Faults()
     opening.join()
 
 

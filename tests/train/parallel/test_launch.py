@@ -27,7 +27,7 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(how: str, timeout: int = 30) -> None:
-    launch([sys.executable, TOY, how, str(timeout)], 2, timeout=timeout, grace=1)
+    launch([sys.executable, TOY, how, str(timeout)], 2, timeout=timeout, grace=3)
 
 
 def test_rank_0_alone_speaks(capfd: pytest.CaptureFixture[str]):
@@ -115,9 +115,9 @@ def test_a_launcher_that_is_killed_takes_its_workers_along():
 def is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
         return False
-    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from train.tiny_dataset import write_dataset
 
 from llmt_train.watch.metrics import read_metrics
 
-_STEPS = 24
+_STEPS = 48
 _MODEL = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
           "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1}  # fmt: skip
 

@@ -15,6 +15,7 @@ from llmt_shared.progress import say
 from llmt_train.config import ParallelConfig
 from llmt_train.parallel import heartbeat
 from llmt_train.parallel import process as process_module
+from llmt_train.parallel.board import open_store
 from llmt_train.parallel.launch import end_with_launcher, launch
 from llmt_train.parallel.process import Process, joined
 from llmt_train.parallel.started import end_at_once, how_started
@@ -22,20 +23,30 @@ from llmt_train.stopping import StopRequest
 
 LAST_STEP = 400
 heartbeat.PERIOD = 0.2
-process_module._PATIENCE = 1.0
+process_module._PATIENCE = 3.0
 
 
 def main() -> None:
     how, timeout = sys.argv[1], int(sys.argv[2])
     if how_started() is None:
-        launch([sys.executable, *sys.argv], 2, timeout=timeout, grace=1)
+        launch([sys.executable, *sys.argv], 2, timeout=timeout, grace=3)
         return
     end_with_launcher()
+    wait_for_both()
     torch.set_num_threads(1)
     with StopRequest() as stop, joined(ParallelConfig(timeout=timeout)) as process:
         work(how, process, stop)
     if process.rank == 0:
         print("the result")
+
+
+def wait_for_both() -> None:
+    """Until both have loaded torch: the time that they have to meet afterwards may be short."""
+    started = how_started()
+    if started is not None and started.has_store:
+        store = open_store(started, 60, keeps=False)
+        store.set(f"loaded/{started.rank}", "")
+        store.wait(["loaded/0", "loaded/1"])
 
 
 def work(how: str, process: Process, stop: StopRequest) -> None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from llmt_shared import objects
 from llmt_shared.chunks import ArrayChunks, Layout
-from llmt_shared.errors import ConfigError, FormatError, LlmtError
+from llmt_shared.errors import ConfigError, FormatError, LlmtError, StoreError
 from llmt_shared.manifest import FileEntry
 from llmt_shared.mirror import Mirror, fetch, is_chunk
 from llmt_shared.objects import ObjectPath
@@ -96,14 +96,14 @@ class CachedChunks:
 
     def _get(self, path: Path) -> int:
         name, deadline = self._name(path), time.monotonic() + objects.PATIENCE
-        if not isinstance(self._failed.get(name), FormatError):
-            self._failed.pop(name, None)  # what failed then may not fail now
+        if isinstance(error := self._failed.pop(name, None), FormatError):  # else it may not fail now
+            raise error
         while (descriptor := self._folder.hold(path)) is None:
-            if (error := self._failed.pop(name, None)) is not None:
-                raise error
             outcome = self._fetch(name, _NOW)
             if outcome is Outcome.BUSY:
                 self._folder.wait_for(path)
+                if (error := self._failed.pop(name, None)) is not None:
+                    raise error
             elif outcome is Outcome.FULL:
                 self._refuse_for_ever(name, deadline)
                 time.sleep(0.05)
@@ -145,7 +145,10 @@ class CachedChunks:
         block = epoch, block_at(run.seed, epoch, inside, run.num_rows, run.blocks).first
         is_new = block != self._block
         if is_new:
-            self._block, self._coming = block, []  # before others may remove the block that is over: see `_wanted`
+            self._block, self._coming = (
+                block,
+                [],
+            )  # before others may remove what is over: no thread shall fetch it again
         self._reader.tell(run)
         if not is_new:
             return
@@ -169,14 +172,16 @@ class CachedChunks:
                 f"or another cache.path for this run"
             )
 
-    def _fetch(self, name: str, distance: float) -> Outcome:
+    def _fetch(self, name: str, distance: float, is_wanted: Callable[[], bool] = lambda: True) -> Outcome:
         entry = self._entries[name]
 
         def write(file: BinaryIO) -> None:
+            if not is_wanted():  # since it was decided; what begins after `give_up` would be tried again for long
+                raise StoreError(f"{self._location / name}: given up, for nobody waits for it any more")
             with self._waits.fetching(entry.bytes):
                 fetch(self._location, entry, file)
 
-        return self._folder.fetch(self._root / name, entry.bytes, write, distance)
+        return self._folder.fetch(self._root / name, entry.bytes, write, distance, is_wanted)
 
     def _ranked(self, run: Following) -> list[tuple[float, str]]:
         horizon = _AHEAD * run.rows_per_shard * run.shuffle_shards
@@ -194,31 +199,31 @@ class CachedChunks:
                     self._wake.wait(_PAUSE)
 
     def _fetch_next(self) -> bool:
-        """Whether a file was fetched; what comes after one without room has none either."""
-        for distance, name in self._wanted():
-            outcome = self._try(name, distance)
-            if outcome in (Outcome.THERE, Outcome.FULL):
-                return outcome is Outcome.THERE
+        """Whether to look again at once; what comes after a file without room has none either."""
+        for distance, name, is_wanted in self._wanted():
+            outcome = self._try(name, distance, is_wanted)
+            if outcome in (Outcome.THERE, Outcome.UNWANTED, Outcome.FULL):
+                return outcome is not Outcome.FULL
         return False
 
-    def _wanted(self) -> Iterator[tuple[float, str]]:
-        """Distance and name of what is not there, in the order of use."""
+    def _wanted(self) -> Iterator[tuple[float, str, Callable[[], bool]]]:
+        """Distance and name of what is not there, in the order of use, and whether it is still wanted."""
         while self._hints:
-            yield 0.0, self._hints.popleft()
+            yield 0.0, self._hints.popleft(), lambda: bool(self._followers)
         coming = self._coming
         for distance, name in coming:
-            # Asked in this order: what went because its block is over is missing only after the list has changed.
-            if not (self._root / name).exists() and coming is self._coming:
-                yield distance, name
+            if not (self._root / name).exists():
+                yield distance, name, lambda: bool(self._followers) and coming is self._coming
 
-    def _try(self, name: str, distance: float) -> Outcome | None:
+    def _try(self, name: str, distance: float, is_wanted: Callable[[], bool]) -> Outcome | None:
         """What became of it; ``None`` where it failed, now or before."""
-        if name in self._failed or not self._followers:
+        if name in self._failed:
             return None
         try:
-            return self._fetch(name, distance)
-        except (LlmtError, OSError) as error:  # told when the file's turn comes
-            self._failed[name] = error
+            return self._fetch(name, distance, is_wanted)
+        except (LlmtError, OSError) as error:
+            if is_wanted():
+                self._failed[name] = error  # told when the file's turn comes
         return None
 
     def _name(self, path: Path) -> str:

@@ -37,6 +37,7 @@ class Outcome(Enum):
     THERE = "there"
     BUSY = "another process or thread fetches it"
     FULL = "no room, for all that is there is needed sooner or being read"
+    UNWANTED = "not wanted any more"
 
 
 class _Resident(NamedTuple):
@@ -83,7 +84,14 @@ class CacheFolder:
         os.close(descriptor)  # it was removed between the two
         return None
 
-    def fetch(self, path: Path, size: int, write: Callable[[BinaryIO], None], distance: float) -> Outcome:
+    def fetch(
+        self,
+        path: Path,
+        size: int,
+        write: Callable[[BinaryIO], None],
+        distance: float,
+        is_wanted: Callable[[], bool] = lambda: True,
+    ) -> Outcome:
         """Have a file written, if it is not there and there is room.
 
         Args:
@@ -91,6 +99,7 @@ class CacheFolder:
             size: its bytes.
             write: writes it, whole and checked, into a file that has its size already.
             distance: rows until it is used; only what is used later is removed for it. Below 0: it is waited for.
+            is_wanted: asked while nobody else lets files in or out, before any is removed for this one.
 
         Raises:
             Exception: what ``write`` raises; then the file is not there.
@@ -100,6 +109,9 @@ class CacheFolder:
         with self.deciding():
             if path.exists():
                 return Outcome.THERE
+            if not is_wanted():
+                return Outcome.UNWANTED
+            self._make_folder(part.parent)
             descriptor = _own(part)
             if descriptor is None:
                 return Outcome.BUSY
@@ -169,6 +181,12 @@ class CacheFolder:
             os.close(descriptor)
         return missing <= 0
 
+    def _make_folder(self, folder: Path) -> None:
+        """Make one of a dataset's folders, but never the cache anew where somebody has removed it."""
+        inside = folder.relative_to(self.path)
+        for parent in [*[*inside.parents][-2::-1], inside]:
+            (self.path / parent).mkdir(exist_ok=True)
+
     def _reserve(self, descriptor: int, size: int) -> None:
         try:
             if hasattr(os, "posix_fallocate"):
@@ -213,7 +231,6 @@ class CacheFolder:
 
 def _own(part: Path) -> int | None:
     """A locked descriptor of a part, made where there is none; ``None`` where another has it."""
-    part.parent.mkdir(parents=True, exist_ok=True)
     descriptor = _lock_unused(part, os.O_CREAT)
     if descriptor is not None and not os.fstat(descriptor).st_nlink:
         os.close(descriptor)  # whoever had it has failed, and removed it between the two
