@@ -104,6 +104,6 @@ def test_a_bug_of_one_task_is_told_once():
 
 
 def test_a_rank_that_does_not_come_is_named():
-    [(code, _, err)] = as_srun_does("well", timeout=5, absent=1)
+    [(code, _, err)] = as_srun_does("well", timeout=3, absent=1)
     assert code == 1
-    assert "rank 1 of 2 did not come within 5 s (parallel.timeout)" in err
+    assert "rank 1 of 2 did not come within 3 s (parallel.timeout)" in err
