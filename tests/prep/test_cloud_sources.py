@@ -238,7 +238,7 @@ def test_a_stop_leaves_no_copies(mix_of, remote, server, tmp_path, number, worke
     mix = mix_of("pretrain", tmp_path, server.url("raw"))
     with (tmp_path / "mix.yaml").open("w") as file:
         YAML().dump(mix, file)
-    server.faults = object_store.Faults(stalled=1, stall=5, only="raw/file.arrow")
+    server.faults = object_store.Faults(stalled=1, stall=3, only="raw/file.arrow")
     environment = os.environ | object_store.environment(server) | {"TMPDIR": str(tmp_path / "temporary")}
     command = [
         sys.executable,

@@ -201,7 +201,7 @@ def test_a_kill_at_any_upload_is_gone_on_after(mix, url, local, server, tmp_path
 def test_a_kill_in_the_middle_of_gathering_costs_only_time(mix, url, local, server, tmp_path):
     with (tmp_path / "mix.yaml").open("w") as file:
         YAML().dump(mix, file)
-    server.faults = object_store.Faults(stalled=1, stall=5, only="tokens/c/3")
+    server.faults = object_store.Faults(stalled=1, stall=3, only="tokens/c/3")
     environment = os.environ | object_store.environment(server) | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "llmt_prep", "pack", "--mix", str(tmp_path / "mix.yaml"), "--workers", "2"]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)

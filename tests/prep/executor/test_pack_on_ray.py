@@ -146,10 +146,8 @@ def test_a_run_that_is_stopped_ends_its_tasks_and_goes_on_later(
     mix |= {"engine": "tokenizers", "sources": {"many": {"path": str(tmp_path / "many.jsonl")}}}
     reference = build_dataset(MixConfig.model_validate(apart(mix, "local") | {"engine": "auto"}), workers=1)
     mix = apart(mix, "ray") | on_ray | {"unit_size": 50_000}
-    command, units = (
-        [sys.executable, "-c", PATIENT, *COMMAND[3:], str(written(mix, tmp_path / "mix.yaml"))],
-        Path(mix["cache"]) / "units",
-    )
+    command = [sys.executable, "-c", PATIENT, *COMMAND[3:], str(written(mix, tmp_path / "mix.yaml"))]
+    units = Path(mix["cache"]) / "units"
     stopped = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while stopped.poll() is None and len(list(units.glob("*/*"))) < 5:
         time.sleep(0.002)

@@ -145,10 +145,8 @@ class CachedChunks:
         block = epoch, block_at(run.seed, epoch, inside, run.num_rows, run.blocks).first
         is_new = block != self._block
         if is_new:
-            self._block, self._coming = (
-                block,
-                [],
-            )  # before others may remove what is over: no thread shall fetch it again
+            self._block = block
+            self._coming = []  # before others may remove what is over: no thread shall fetch it again
         self._reader.tell(run)
         if not is_new:
             return
