@@ -195,6 +195,13 @@ def test_dpo_tells_chosen_from_rejected(smollm2: Path, many_pairs: Path, output:
     assert last < first
 
 
+def test_orpo_lowers_its_loss_and_raises_the_odds(smollm2: Path, four_pairs: Path, output: Path) -> None:
+    metrics = train("orpo", smollm2, four_pairs, output, steps=2, lr=1e-5)
+    loss, log_odds = curve(metrics, "loss"), curve(metrics, "log_odds")
+    assert loss[1] < loss[0]
+    assert log_odds[1] > log_odds[0]
+
+
 @pytest.mark.slow
 def test_orpo_tells_chosen_from_rejected(smollm2: Path, many_pairs: Path, output: Path) -> None:
     metrics = train("orpo", smollm2, many_pairs, output, steps=24, lr=1e-5)
