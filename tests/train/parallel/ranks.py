@@ -31,7 +31,7 @@ def on_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[
     if outcome.killed and all("gloo/transport" in text for text in outcome.failures):
         warnings.warn("\n".join(["a signal ended a rank", *outcome.killed]), stacklevel=2)
         outcome = _outcome(world, function, arguments)
-    messages = [*outcome.failures, *outcome.silent, *outcome.killed]
+    messages = outcome.failures + outcome.killed
     assert not messages, "\n".join(messages)
     return [pickle.loads(outcome.answers[rank]) for rank in range(world)]
 
@@ -41,9 +41,7 @@ class _Outcome(NamedTuple):
 
     answers: dict[int, bytes]
     failures: list[str]
-    """Tracebacks."""
-    silent: list[str]
-    """Last words of those that ended otherwise without an answer, or gave none in time."""
+    """Tracebacks, and last words of those that gave no answer."""
     killed: list[str]
     """Last words of those that a signal ended."""
 
@@ -62,18 +60,18 @@ def _outcome(world: int, function: Callable[..., Any], arguments: tuple[Any, ...
             (Path(folder) / str(rank)).touch()
             process.start()
         found = _wait(processes, queue)
-        silent: list[str] = []
+        failures = [f"rank {rank}:\n{text}" for rank, (is_right, text) in sorted(found.items()) if not is_right]
         killed: list[str] = []
-        for rank, code in [(rank, process.exitcode) for rank, process in enumerate(processes) if rank not in found]:
-            (killed if code is not None and code < 0 else silent).append(_last_words(Path(folder), rank, code))
+        for rank in sorted(set(range(world)) - found.keys()):
+            code = processes[rank].exitcode
+            (killed if code is not None and code < 0 else failures).append(_last_words(Path(folder), rank, code))
         is_over.set()
         for process in processes:
             if len(found) < world:
                 process.kill()
             process.join()
     answers = {rank: content for rank, (is_right, content) in found.items() if is_right}
-    failures = [f"rank {rank}:\n{text}" for rank, (is_right, text) in sorted(found.items()) if not is_right]
-    return _Outcome(answers, failures, silent, killed)
+    return _Outcome(answers, failures, killed)
 
 
 def _wait(processes: list[Any], queue: Any) -> dict[int, tuple[bool, Any]]:

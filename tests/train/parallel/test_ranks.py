@@ -1,15 +1,16 @@
 """What tests learn of ranks that end without an answer."""
 
 import os
-import time
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from small_tasks import meet
 from train.parallel.ranks import on_ranks
 
 
 def die_at_first(seen: Path) -> int:
+    dist.barrier()
     if dist.get_rank() == 1 and not seen.exists():
         seen.touch()
         os.abort()
@@ -17,17 +18,16 @@ def die_at_first(seen: Path) -> int:
     return dist.get_rank()
 
 
-def die_beside_a_failure(folder: Path) -> None:
-    looked, died = folder / "looked", folder / "died"
-    if dist.get_rank() == 0:
-        is_right = died.exists()
-        looked.touch()
-        assert is_right, "what is wrong at times"
-    elif not died.exists():
-        while not looked.exists():
-            time.sleep(0.01)
-        died.touch()
+def die_beside_another_end(folder: Path, code: int | None) -> None:
+    rank = dist.get_rank()
+    if (folder / str(rank)).exists():  # tried again
+        return
+    meet(folder, rank, 2)  # none ends while the other still connects
+    if rank == 1:
         os.abort()
+    if code is not None:
+        os._exit(code)
+    raise AssertionError("what is wrong at times")
 
 
 def test_a_rank_that_a_signal_ended_is_shown_and_all_are_started_once_more(tmp_path: Path) -> None:
@@ -43,9 +43,14 @@ def test_what_ends_a_rank_each_time_is_a_failure() -> None:
         on_ranks(1, os.abort)
 
 
-def test_a_failure_beside_it_is_not_tried_again(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match=r"what is wrong at times(.*\n)*rank 1 ended with -6 and no answer"):
-        on_ranks(2, die_beside_a_failure, tmp_path)
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [(None, "what is wrong at times"), (3, "rank 0 ended with 3 and no answer")],
+    ids=["raised", "left"],
+)
+def test_what_went_wrong_beside_it_is_not_tried_again(tmp_path: Path, code: int | None, told: str) -> None:
+    with pytest.raises(AssertionError, match=rf"{told}(.*\n)*rank 1 ended with -6 and no answer"):
+        on_ranks(2, die_beside_another_end, tmp_path, code)
 
 
 def test_another_end_is_not_tried_again() -> None:
